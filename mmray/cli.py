@@ -1,0 +1,171 @@
+"""What all jobs share at their edge: options made of config fields, `--config`, exit statuses, Ray's start.
+
+Heavy imports stay inside functions, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from mmray.errors import MmrayError
+
+EXIT_BAD_RESULT = 1
+EXIT_INTERRUPTED = 3
+
+
+def options(*kinds: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command an option for each field of the config classes, in their order."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for kind in reversed(kinds):
+            hints = typing.get_type_hints(kind)
+            for field in reversed(dataclasses.fields(kind)):
+                command = _option(field, hints[field.name])(command)
+        return command
+
+    return decorate
+
+
+def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    flag = field.metadata["flag"] or "--" + field.name.replace("_", "-")
+    kind = next((t for t in typing.get_args(hint) if t is not types.NoneType), hint)
+    if choices := field.metadata["choices"]:
+        kind = click.Choice(choices)
+    settings: dict[str, Any] = {"default": field.default, "help": field.metadata["help"]}
+    if kind is not bool:
+        settings |= {"type": kind, "show_default": field.default is not None}
+    return click.option(flag, field.name, **settings)
+
+
+def job(name: str) -> Callable[[Callable[..., None]], click.Command]:
+    """Make a function a job: a click command with `--config`, one-line errors and mmray's exit statuses."""
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        command = click.option(
+            "--config",
+            type=click.Path(exists=True, dir_okay=False),
+            is_eager=True,
+            expose_value=False,
+            callback=_read_recipe,
+            help="YAML file that gives any of the options; flags override it.",
+        )(at_edge(function))
+        return click.command(name, context_settings={"max_content_width": 110})(command)
+
+    return decorate
+
+
+def _read_recipe(context: click.Context, parameter: click.Parameter, path: str | None) -> None:
+    if path is None:
+        return
+    import yaml
+
+    try:
+        with open(path) as file:
+            recipe = yaml.safe_load(file) or {}
+    except yaml.YAMLError as error:
+        raise click.BadParameter(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(recipe, dict):
+        raise click.BadParameter(f"{path} holds no option: value pairs")
+    names = {}
+    for option in context.command.params:
+        for flag in (*option.opts, *option.secondary_opts, option.name or ""):
+            names[flag.lstrip("-").replace("-", "_")] = option.name
+    unknown = [str(key) for key in recipe if str(key).replace("-", "_") not in names]
+    if unknown:
+        raise click.BadParameter(f"{path}: no such option: {', '.join(unknown)}; see --help")
+    context.default_map = {names[str(key).replace("-", "_")]: value for key, value in recipe.items()}
+
+
+def at_edge(function: Callable[..., None]) -> Callable[..., None]:
+    """Turn errors into one line on stderr and the exit status that schedulers act on.
+
+    0 done; 1 the result is bad; 2 wrong use or unusable input; 3 interrupted or the infrastructure failed,
+    where the same command resumes.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except KeyboardInterrupt:
+            _leave("interrupted; the same command resumes", EXIT_INTERRUPTED)
+        except click.exceptions.Exit:
+            raise
+        except click.ClickException:
+            raise
+        except Exception as error:
+            if known := find_error(error):
+                _leave(str(known), known.exit_status)
+            logging.getLogger("mmray").debug("the job failed", exc_info=error)
+            brief = " ".join(f"{type(error).__name__}: {error}".split())
+            _leave(f"{brief[:600]} (the same command resumes; MMRAY_LOG=debug shows where)", EXIT_INTERRUPTED)
+
+    return run
+
+
+def find_error(error: BaseException) -> MmrayError | None:
+    """Find the user's error inside what Ray wrapped around it."""
+    seen: set[int] = set()
+    queue: list[BaseException | None] = [error]
+    while queue:
+        candidate = queue.pop()
+        if candidate is None or id(candidate) in seen:
+            continue
+        seen.add(id(candidate))
+        if isinstance(candidate, MmrayError):
+            # Ray's RayTaskError(X) is an X too, but its text is a traceback: go on to what it wraps.
+            cause = getattr(candidate, "cause", None)
+            if not isinstance(cause, MmrayError):
+                return candidate
+        queue += [candidate.__cause__, candidate.__context__, getattr(candidate, "cause", None)]
+        failures = getattr(candidate, "worker_failures", None)  # Ray Train keeps the workers' errors here
+        queue += list(failures.values()) if isinstance(failures, dict) else []
+    return None
+
+
+def _leave(message: str, status: int) -> None:
+    click.echo(f"mmray: {message}", err=True)
+    sys.exit(status)
+
+
+@contextmanager
+def cluster() -> Iterator[None]:
+    """Join the Ray cluster that the environment names, or start one on this machine; quiet either way.
+
+    Without a cluster, the local one ends with the job.
+    """
+    quiet = os.environ.get("MMRAY_LOG", "").lower() != "debug"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if quiet:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    logging.basicConfig(level=logging.WARNING if quiet else logging.DEBUG, format="%(name)s: %(message)s")
+    logging.getLogger("mmray").setLevel(logging.INFO if quiet else logging.DEBUG)
+
+    import ray
+    import ray.data
+
+    started_here = not ray.is_initialized()
+    if started_here:
+        ray.init(log_to_driver=not quiet, logging_level="ERROR" if quiet else "INFO", include_dashboard=False)
+    if quiet:
+        for name in ("ray.data", "ray.train", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        if started_here:
+            ray.shutdown()

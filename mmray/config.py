@@ -1,0 +1,207 @@
+"""Settings: one frozen dataclass per concern, checked where it is made.
+
+Each field names its type, default and help once; `mmray.cli` makes the command line of them, a recipe
+(YAML) sets them by name, and `fingerprint` sums them up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from mmray.errors import ConfigError
+from mmray.schema import KeptScores
+
+Config = TypeVar("Config")
+
+FUSIONS = ("image", "text", "logits", "concat", "cross-attention")
+LOSSES = ("bce", "weighted-bce")
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str = "") -> Any:
+    """Declare a field together with what the command line needs to know of it."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "flag": flag})
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the input's columns."""
+
+    image: str = option("image", "Column of encoded images.", flag="--image-column")
+    caption: str = option("caption", "Column of captions.", flag="--caption-column")
+    labels: str = option("labels", "Column of label lists.", flag="--label-column")
+    id: str = option("image_id", "Column of row ids.", flag="--id-column")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many workers: a fixed number, or between two."""
+
+    minimum: int
+    maximum: int
+
+    @classmethod
+    def parse(cls, text: str | int) -> Workers:
+        """Read `N` or `MIN:MAX`.
+
+        Raises:
+            ConfigError: neither, or not 1 <= MIN <= MAX.
+        """
+        low, _, high = str(text).partition(":")
+        if low.isdigit() and (high.isdigit() or not high):
+            workers = cls(int(low), int(high or low))
+            if 1 <= workers.minimum <= workers.maximum:
+                return workers
+        raise ConfigError(f"--num-workers {text!r} is neither N nor MIN:MAX with 1 <= MIN <= MAX")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the model is made of."""
+
+    vision: str = option("efficientnet_b4", "Image tower: any timm model.")
+    text: str = option(
+        "google/bert_uncased_L-2_H-128_A-2", "Caption tower: any transformers encoder, hub name or folder."
+    )
+    fusion: str = option("cross-attention", "How the towers meet.", choices=FUSIONS)
+    image_size: int = option(380, "Side of the square that images are resized to, in pixels.")
+    max_tokens: int = option(64, "Captions are cut to this many tokens.")
+    width: int = option(256, "Width of the fusion.")
+    num_heads: int = option(4, "Attention heads of the fusion.")
+    dropout: float = option(0.1, "Dropout in the fusion.")
+    pretrained: bool = option(
+        True,
+        "Start from published weights; without, nothing touches the network.",
+        flag="--pretrained/--no-pretrained",
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be built."""
+        require_choice("--fusion", self.fusion, FUSIONS)
+        require_range("--image-size", self.image_size, 16, 4096)
+        require_range("--max-tokens", self.max_tokens, 4, 512)
+        require_range("--dropout", self.dropout, 0, 0.95)
+        if self.num_heads < 1 or self.width % self.num_heads:
+            raise ConfigError(f"--width {self.width} cannot be shared by --num-heads {self.num_heads}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the model learns."""
+
+    epochs: int = option(10, "Passes over the training rows.")
+    batch_size_per_worker: int = option(32, "Rows in one step of one worker.")
+    learning_rate: float = option(
+        1e-3, "Peak rate of AdamW for a global batch of 64; scaled with its square root."
+    )
+    weight_decay: float = option(0.05, "Decay of weights; norms and biases are spared.")
+    warmup_epochs: float = option(1.0, "Epochs of linear warm-up, before the cosine.")
+    clip_norm: float = option(1.0, "Largest norm of the gradient.")
+    ema_decay: float = option(0.999, "Decay of the averaged weights that are validated and kept; 0 is off.")
+    patience: int = option(5, "Stop after this many epochs without a better validation sample F1.")
+    loss: str = option("weighted-bce", "Training loss.", choices=LOSSES)
+    crop: float = option(0.5, "Least share of the area that a random crop keeps; 1 is off.")
+    colour: float = option(0.2, "Largest change of brightness, contrast and saturation; 0 is off.")
+    modality_dropout: float = option(0.1, "Share of rows that lose their image, and as many their caption.")
+    seed: int = option(0, "Seed of shuffling, augmentation and initial weights.")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot train."""
+        require_choice("--loss", self.loss, LOSSES)
+        require_range("--epochs", self.epochs, 1, 10_000)
+        require_range("--batch-size-per-worker", self.batch_size_per_worker, 1, 65_536)
+        require_range("--learning-rate", self.learning_rate, 1e-8, 10)
+        require_range("--ema-decay", self.ema_decay, 0, 0.999_999)
+        require_range("--patience", self.patience, 1, 10_000)
+        require_range("--crop", self.crop, 0.05, 1)
+        require_range("--colour", self.colour, 0, 1)
+        require_range("--modality-dropout", self.modality_dropout, 0, 0.5)
+        require_range("--clip-norm", self.clip_norm, 1e-6, 1e6)
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """Where the work runs. None of it changes a result."""
+
+    num_workers: str | None = option(None, "Workers, N or MIN:MAX [default: one a GPU, else one].")
+    use_gpu: bool | None = option(
+        None, "Use GPUs [default: if the cluster has one].", flag="--use-gpu/--no-gpu"
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse a number of workers that cannot be."""
+        if self.num_workers is not None:
+            Workers.parse(self.num_workers)
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """What a labeling job writes, and when it gives up."""
+
+    batch_size: int = option(64, "Rows that the model takes at once.")
+    max_failed_fraction: float = option(0.01, "Stop when more of the planned rows than this have failed.")
+    scores: str = option("all", "Scores to keep: all, top-K or none.")
+    precision: str | None = option(
+        None, "Arithmetic of the model [default: bf16 on GPU, else fp32].", choices=("fp32", "bf16")
+    )
+    limit: int | None = option(None, "Label only the first N rows.")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot label."""
+        KeptScores.parse(self.scores)
+        require_range("--batch-size", self.batch_size, 1, 65_536)
+        require_range("--max-failed-fraction", self.max_failed_fraction, 0, 1)
+        if self.limit is not None:
+            require_range("--limit", self.limit, 1, 10**15)
+
+
+def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise a ConfigError unless the value is one of the choices."""
+    if value not in choices:
+        raise ConfigError(f"{name} {value!r} is none of {', '.join(choices)}")
+
+
+def require_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise a ConfigError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise ConfigError(f"{name} {value} is not between {low} and {high}")
+
+
+def make(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """Make a config from a larger set of values: takes its own fields and leaves the rest."""
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in values.items() if name in names})
+
+
+def from_json(kind: type[Config], record: Mapping[str, Any], where: str) -> Config:
+    """Make a config from a record that must match it field by field.
+
+    Raises:
+        ConfigError: a key is unknown; a newer mmray may have written it.
+    """
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(set(record) - names):
+        raise ConfigError(f"{where}: unknown keys {', '.join(unknown)}; a newer mmray may have written them")
+    return kind(**record)
+
+
+def fingerprint(record: Any) -> str:
+    """Sum up a JSON-able record in 16 hexadecimal digits: equal records, equal sums, on any machine."""
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List what differs between two JSON-able records, as `key: old -> new`."""
+    found = []
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return found

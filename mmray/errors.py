@@ -1,0 +1,39 @@
+"""What can go wrong, as one tree.
+
+    MmrayError                 every error that a user can mend; its text is one line: value, place, remedy
+    ├── ConfigError            an option or recipe that cannot work
+    ├── DataError              input that cannot be read or means nothing
+    ├── BundleError            a bundle that is damaged, incomplete or of another version
+    └── OutputError            an output that belongs to another job
+        └── BudgetError        more failed rows than the budget allows: the job ran and its result is bad
+
+A job ends with the `exit_status` of the error that reached its edge (see `mmray.cli`).
+"""
+
+
+class MmrayError(Exception):
+    """Base of all errors that a user can mend."""
+
+    exit_status = 2
+
+
+class ConfigError(MmrayError):
+    """An option or a recipe that cannot work."""
+
+
+class DataError(MmrayError):
+    """Input that cannot be read, or whose values mean nothing here."""
+
+
+class BundleError(MmrayError):
+    """A bundle that is damaged, incomplete or of another schema version."""
+
+
+class OutputError(MmrayError):
+    """An output that belongs to another job."""
+
+
+class BudgetError(OutputError):
+    """More rows failed than `--max-failed-fraction` allows. The job ran, and its result is bad."""
+
+    exit_status = 1
