@@ -1,0 +1,181 @@
+"""A bundle: the folder that holds all that labeling needs, and needs no network.
+
+config.json         schema version, model config, caption tower's config, sums of the files below
+model.safetensors   weights, float32
+labels.json         the vocabulary, in class order
+thresholds.json     the decision
+tokenizer/          as transformers saves it
+metrics.json        what validation measured
+README.md           the model card
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmray.config import ModelConfig, fingerprint, from_json
+from mmray.errors import BundleError, ConfigError, DataError
+from mmray.schema import Vocabulary
+from mmray.storage import Folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mmray.model import MultimodalModel
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What is known of a bundle before its weights are read."""
+
+    model_config: ModelConfig
+    text_config: dict[str, Any]
+    vocabulary: Vocabulary
+    thresholds: np.ndarray
+    """float64 (L,)."""
+    tokenizer_files: dict[str, bytes] = field(repr=False)
+    weights_sha256: str
+    folder: Folder
+
+    @property
+    def fingerprint(self) -> str:
+        """Sum up all that a prediction depends on."""
+        return fingerprint(
+            {
+                "model": asdict(self.model_config),
+                "text": self.text_config,
+                "labels": list(self.vocabulary.labels),
+                "thresholds": self.thresholds.tolist(),
+                "tokenizer": _sums(self.tokenizer_files),
+                "weights": self.weights_sha256,
+            }
+        )
+
+    @classmethod
+    def load(cls, uri: str) -> Bundle:
+        """Read a bundle's small files.
+
+        Raises:
+            BundleError: it is incomplete, damaged, or of another schema version.
+        """
+        folder = Folder(uri)
+        try:
+            config = _checked(folder, "config.json", {"schema_version", "model", "text_config", "sums"})
+            if config["schema_version"] != SCHEMA_VERSION:
+                raise BundleError(
+                    f"{uri}: schema version {config['schema_version']}, this mmray reads {SCHEMA_VERSION}"
+                )
+            labels = _checked(folder, "labels.json", {"labels"})["labels"]
+            thresholds = _checked(folder, "thresholds.json", {"thresholds"})["thresholds"]
+            names = [name for name in config["sums"] if name.startswith("tokenizer/")]
+            files = {name.removeprefix("tokenizer/"): folder.read(name) for name in names}
+            vocabulary = Vocabulary(tuple(labels))
+            model_config = from_json(ModelConfig, config["model"], f"{uri}/config.json")
+        except (FileNotFoundError, KeyError, DataError, ConfigError) as error:
+            raise BundleError(f"{uri} is no complete bundle: {error}; train.py makes one") from None
+        for name, data in files.items():
+            if hashlib.sha256(data).hexdigest() != config["sums"][f"tokenizer/{name}"]:
+                raise BundleError(f"{uri}/tokenizer/{name} is damaged: its sum is not the one in config.json")
+        if len(thresholds) != len(vocabulary):
+            raise BundleError(f"{uri}: {len(thresholds)} thresholds for {len(vocabulary)} labels")
+        weights = config["sums"]["model.safetensors"]
+        return cls(
+            model_config, config["text_config"], vocabulary, np.array(thresholds), files, weights, folder
+        )
+
+    def model(self) -> MultimodalModel:
+        """Build the model with its weights, on the CPU, ready to label.
+
+        Raises:
+            BundleError: the weights are damaged or belong to another model.
+        """
+        import safetensors.torch
+
+        from mmray.model import build_model
+
+        data = self.folder.read("model.safetensors")
+        if hashlib.sha256(data).hexdigest() != self.weights_sha256:
+            raise BundleError(
+                f"{self.folder}/model.safetensors is damaged: its sum is not the one in config.json"
+            )
+        model = build_model(self.model_config, len(self.vocabulary), self.text_config)
+        try:
+            model.load_state_dict(safetensors.torch.load(data))
+        except RuntimeError as error:
+            raise BundleError(
+                f"{self.folder}: weights of another model: {' '.join(str(error).split())[:300]}"
+            ) from None
+        return model.eval()
+
+    def tokenizer(self) -> Any:
+        """Load the tokenizer."""
+        from mmray.captions import load_tokenizer
+
+        with tempfile.TemporaryDirectory() as scratch:
+            for name, data in self.tokenizer_files.items():
+                (Path(scratch) / name).write_bytes(data)
+            return load_tokenizer(scratch)
+
+
+def save_bundle(
+    folder: Folder,
+    *,
+    model_config: ModelConfig,
+    text_config: dict[str, Any],
+    vocabulary: Vocabulary,
+    thresholds: np.ndarray,
+    tokenizer_files: dict[str, bytes],
+    weights: dict[str, Tensor],
+    metrics: dict[str, Any],
+    card: str,
+) -> Bundle:
+    """Write a bundle; `config.json` comes last, so that what has one is complete."""
+    import safetensors.torch
+
+    data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in weights.items()})
+    folder.publish("model.safetensors", data)
+    for name, content in tokenizer_files.items():
+        folder.publish(f"tokenizer/{name}", content)
+    folder.publish_json("labels.json", {"labels": list(vocabulary.labels)})
+    folder.publish_json("thresholds.json", {"thresholds": thresholds.tolist()})
+    folder.publish_json("metrics.json", metrics)
+    folder.publish("README.md", card.encode())
+    sums = {f"tokenizer/{name}": total for name, total in _sums(tokenizer_files).items()}
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "model": asdict(model_config)
+        | {"pretrained": False},  # the weights are here: nothing is fetched again
+        "text_config": text_config,
+        "sums": sums | {"model.safetensors": hashlib.sha256(data).hexdigest()},
+    }
+    folder.publish_json("config.json", record)
+    return Bundle.load(folder.uri)
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """Give the files that hold a tokenizer: name -> bytes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        return {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir())}
+
+
+def _sums(files: dict[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+
+
+def _checked(folder: Folder, name: str, keys: set[str]) -> dict[str, Any]:
+    record = folder.read_json(name)
+    if record is None:
+        raise BundleError(f"{folder} is no complete bundle: {name} is missing; train.py makes one")
+    if not isinstance(record, dict) or set(record) != keys:
+        found = sorted(record) if isinstance(record, dict) else type(record).__name__
+        raise BundleError(f"{folder}/{name} holds {found} instead of {sorted(keys)}; another mmray wrote it")
+    return record

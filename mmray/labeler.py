@@ -1,0 +1,200 @@
+"""Labeler: a bundle that labels encoded images and captions. Without Ray, so that a notebook can use it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from mmray.bundle import Bundle
+from mmray.captions import is_blank, tokenize
+from mmray.decisions import decide
+from mmray.errors import ConfigError, DataError
+from mmray.images import decode_image
+from mmray.model import Inputs
+from mmray.schema import Status
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Labeled(NamedTuple):
+    """The labels of B rows. Rows that failed have neither labels nor scores: zeros stand there."""
+
+    scores: np.ndarray
+    """float32 (B, L) in [0, 1]."""
+    decided: np.ndarray
+    """bool (B, L)."""
+    fell_back: np.ndarray
+    """bool (B,): no score reached its threshold, so the top label spoke."""
+    statuses: list[Status]
+    errors: list[str | None]
+
+    @property
+    def valid(self) -> np.ndarray:
+        """bool (B,): rows that did not fail."""
+        return np.array([status is not Status.FAILED for status in self.statuses], bool)
+
+
+class Row(NamedTuple):
+    """One row, decoded: what the model sees of it, and what was wrong with it."""
+
+    pixels: np.ndarray | None
+    caption: str | None
+    status: Status
+    error: str | None
+
+
+class Labeler:
+    """Labels batches. Decoding runs in threads beside the model, one batch ahead of it."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        batch_size: int = 64,
+        device: str | None = None,
+        precision: str = "fp32",
+        num_threads: int | None = None,
+    ) -> None:
+        """Load the bundle's model.
+
+        Args:
+            bundle: what labels.
+            batch_size: rows that the model takes at once.
+            device: such as `cpu` or `cuda` [default: a GPU if there is one].
+            precision: `fp32` or `bf16`.
+            num_threads: decoding threads [default: torch's own number of threads].
+
+        Raises:
+            BundleError: the weights are damaged or belong to another model.
+            ConfigError: the precision is unknown.
+        """
+        if precision not in PRECISIONS:
+            raise ConfigError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
+        self.bundle = bundle
+        self.batch_size = batch_size
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype = PRECISIONS[precision]
+        self.model = bundle.model().to(self.device)
+        self.tokenizer = bundle.tokenizer()
+        self.threads = ThreadPoolExecutor(num_threads or torch.get_num_threads(), "decode")
+
+    @classmethod
+    def load(cls, uri: str, **settings: Any) -> Labeler:
+        """Load a bundle by its local path or URI; settings are the constructor's."""
+        return cls(Bundle.load(uri), **settings)
+
+    def __call__(self, images: Sequence[bytes | None], captions: Sequence[str | None]) -> Labeled:
+        """Label B rows.
+
+        Args:
+            images: B encoded images, None where there is none.
+            captions: B captions, None where there is none.
+        """
+        parts = [self._label(rows) for rows in self._decoded(images, captions)]
+        if not parts:
+            none = np.zeros((0, len(self.bundle.vocabulary)))
+            return Labeled(none.astype(np.float32), none.astype(bool), np.zeros(0, bool), [], [])
+        scores, decided, fell_back, statuses, errors = zip(*parts, strict=True)
+        return Labeled(
+            np.concatenate(scores),
+            np.concatenate(decided),
+            np.concatenate(fell_back),
+            list(chain(*statuses)),
+            list(chain(*errors)),
+        )
+
+    def _decoded(self, images: Sequence[bytes | None], captions: Sequence[str | None]) -> Iterator[list[Row]]:
+        """Decode batch by batch; the next one is under way while its caller works on this one."""
+        waiting: list[Future[Row]] = []
+        for start in range(0, len(images), self.batch_size):
+            ready, stop = waiting, start + self.batch_size
+            waiting = [
+                self.threads.submit(self._decode, image, caption)
+                for image, caption in zip(images[start:stop], captions[start:stop], strict=True)
+            ]
+            if ready:
+                yield [row.result() for row in ready]
+        if waiting:
+            yield [row.result() for row in waiting]
+
+    def _decode(self, image: bytes | None, caption: str | None) -> Row:
+        return decode_row(
+            image, caption, self.bundle.model_config.fusion, self.bundle.model_config.image_size
+        )
+
+    def _label(self, rows: list[Row]) -> Labeled:
+        valid = np.array([row.status is not Status.FAILED for row in rows])
+        scores = np.zeros((len(rows), len(self.bundle.vocabulary)), np.float32)
+        if valid.any():
+            scores[valid] = self._score([row for row in rows if row.status is not Status.FAILED])
+        decided, fell_back = decide(scores, self.bundle.thresholds)
+        decided, fell_back = decided & valid[:, None], fell_back & valid
+        return Labeled(scores, decided, fell_back, [row.status for row in rows], [row.error for row in rows])
+
+    @torch.inference_mode()
+    def _score(self, rows: list[Row]) -> np.ndarray:
+        config = self.bundle.model_config
+        inputs = make_inputs(
+            [row.pixels for row in rows],
+            *tokenize(self.tokenizer, [row.caption for row in rows], config.max_tokens),
+            has_caption=[row.caption is not None for row in rows],
+            size_px=config.image_size,
+        ).to(self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.model(inputs)
+        return logits.float().sigmoid().cpu().numpy()
+
+
+def decode_row(image: bytes | None, caption: str | None, fusion: str, size_px: int) -> Row:
+    """Decode what a fusion needs of one row, and say how it may be labeled. Never raises for bad data."""
+    pixels, status, error = None, Status.OK, None
+    if fusion != "text":
+        try:
+            pixels = decode_image(image, size_px) if image is not None else None
+        except DataError as reason:
+            status, error = Status.BAD_IMAGE, str(reason)
+        if image is None:
+            status, error = Status.NO_IMAGE, "image is null"
+    readable = fusion != "image" and not is_blank(caption)
+    if fusion != "image" and not readable:
+        missing = "caption is null" if caption is None else "caption is empty"
+        error = f"{error}; {missing}" if error else missing
+        status = Status.NO_CAPTION if status is Status.OK else Status.FAILED
+    if pixels is None and not readable:
+        status = Status.FAILED
+    return Row(pixels, caption if readable else None, status, error)
+
+
+def make_inputs(
+    pixels: Sequence[np.ndarray | None],
+    input_ids: np.ndarray,
+    attention_mask: np.ndarray,
+    *,
+    has_caption: Sequence[bool],
+    size_px: int,
+) -> Inputs:
+    """Put rows together as the model takes them; a missing image is black, and marked as missing.
+
+    Args:
+        pixels: B images, uint8 (S, S, 3), or None.
+        input_ids: int64 (B, T).
+        attention_mask: int64 (B, T).
+        has_caption: B flags.
+        size_px: S.
+    """
+    images = np.zeros((len(pixels), size_px, size_px, 3), np.uint8)
+    for index, image in enumerate(pixels):
+        if image is not None:
+            images[index] = image
+    return Inputs(
+        torch.from_numpy(images),
+        torch.tensor([image is not None for image in pixels]),
+        torch.from_numpy(input_ids),
+        torch.from_numpy(attention_mask),
+        torch.tensor(list(has_caption)),
+    )
