@@ -1,0 +1,45 @@
+"""Label a Parquet dataset of images and captions; the same command resumes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from mmray.cli import cluster, job, options
+from mmray.config import Columns, ComputeConfig, LabelConfig, make
+
+
+@job("label")
+@click.option("--input", "input_uri", required=True, help="Folder of Parquet files, or one file.")
+@click.option("--model", "model_uri", required=True, help="Bundle that train.py made.")
+@click.option("--output", "output_uri", required=True, help="Folder for the labeled files.")
+@options(Columns, LabelConfig, ComputeConfig)
+@click.option("--extend", is_flag=True, help="Also label input files that came after the plan.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and do nothing.")
+def main(
+    input_uri: str, model_uri: str, output_uri: str, extend: bool, dry_run: bool, **settings: Any
+) -> None:
+    """Label a Parquet dataset of images and captions, or go on where an earlier run stopped.
+
+    Example: label.py --input s3://archive/2026 --model s3://models/coco --output s3://labels/2026
+    """
+    with cluster():
+        from mmray.labeling import label_dataset
+
+        result = label_dataset(
+            input_uri,
+            model_uri,
+            output_uri,
+            make(Columns, settings),
+            make(LabelConfig, settings),
+            make(ComputeConfig, settings),
+            extend=extend,
+            dry_run=dry_run,
+            progress=True,
+        )
+    click.echo(result)
+
+
+if __name__ == "__main__":
+    main()
