@@ -117,12 +117,7 @@ class Bundle:
 
     def tokenizer(self) -> Any:
         """Load the tokenizer."""
-        from mmray.captions import load_tokenizer
-
-        with tempfile.TemporaryDirectory() as scratch:
-            for name, data in self.tokenizer_files.items():
-                (Path(scratch) / name).write_bytes(data)
-            return load_tokenizer(scratch)
+        return tokenizer_of(self.tokenizer_files)
 
 
 def save_bundle(
@@ -158,6 +153,16 @@ def save_bundle(
     }
     folder.publish_json("config.json", record)
     return Bundle.load(folder.uri)
+
+
+def tokenizer_of(files: dict[str, bytes]) -> Any:
+    """Load a tokenizer from what `tokenizer_files` gave."""
+    from mmray.captions import load_tokenizer
+
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, data in files.items():
+            (Path(scratch) / name).write_bytes(data)
+        return load_tokenizer(scratch)
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:

@@ -258,7 +258,7 @@ class Rows:
         Args:
             columns: of `image`, `caption` and `labels`, under these names whatever the files call them.
             seed: shuffles the units anew each time the dataset is executed, that is each epoch, and adds a
-                column `draw`: uint64, another for each block and epoch. None keeps the files' order.
+                column `draw`: uint64, another number for each row and epoch. None keeps the files' order.
         """
         return ray.data.read_datasource(RowSource(self, tuple(columns), seed))
 
@@ -299,7 +299,9 @@ class RowSource(Datasource):
                 if "image" in block:
                     block["image"] = pa.array(image_bytes(block["image"]), pa.large_binary())
                 if draw is not None:
-                    block["draw"] = pa.array(np.full(table.num_rows, draw + first, np.uint64))
+                    block["draw"] = pa.array(
+                        np.arange(table.num_rows, dtype=np.uint64) + np.uint64(draw + first)
+                    )
                 yield pa.table(block)
 
         num_rows = unit[-1] - unit[0]

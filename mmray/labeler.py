@@ -14,7 +14,7 @@ from mmray.bundle import Bundle
 from mmray.captions import is_blank, tokenize
 from mmray.decisions import decide
 from mmray.errors import ConfigError, DataError
-from mmray.images import decode_image
+from mmray.images import View, decode_image
 from mmray.model import Inputs
 from mmray.schema import Status
 
@@ -150,12 +150,22 @@ class Labeler:
         return logits.float().sigmoid().cpu().numpy()
 
 
-def decode_row(image: bytes | None, caption: str | None, fusion: str, size_px: int) -> Row:
-    """Decode what a fusion needs of one row, and say how it may be labeled. Never raises for bad data."""
+def decode_row(
+    image: bytes | None, caption: str | None, fusion: str, size_px: int, view: View | None = None
+) -> Row:
+    """Decode what a fusion needs of one row, and say how it may be labeled. Never raises for bad data.
+
+    Args:
+        image: encoded, or None.
+        caption: or None.
+        fusion: of the model.
+        size_px: side of the square.
+        view: what augmentation drew, in training.
+    """
     pixels, status, error = None, Status.OK, None
     if fusion != "text":
         try:
-            pixels = decode_image(image, size_px) if image is not None else None
+            pixels = decode_image(image, size_px, view) if image is not None else None
         except DataError as reason:
             status, error = Status.BAD_IMAGE, str(reason)
         if image is None:

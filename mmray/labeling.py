@@ -196,7 +196,7 @@ def label_dataset(
     num_resumed = plan.num_shards - work.num_pending
     if num_resumed:
         log.info("resuming: %d of %d shards are committed", num_resumed, plan.num_shards)
-    ledger = Ledger.remote(plan.num_rows, config.max_failed_fraction)
+    ledger = ray.remote(num_cpus=0)(Ledger).remote(plan.num_rows, config.max_failed_fraction)
     committer = Committer(output, plan.fingerprint)
     if work.pending:
         with one_block_per_task(), watched(ledger, work if progress else None):
@@ -377,7 +377,6 @@ class ShardSink(Datasink[None]):
                 ray.get(self.ledger.add.remote(shard, Counter(rows["status"].to_pylist()), record))
 
 
-@ray.remote(num_cpus=0)
 class Ledger:
     """Counts what this run has committed, for the progress line, the budget and the manifest."""
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -318,7 +318,7 @@ class Committer:
         return FileRecord(path, sum(counts.values()), counts, size, sha256)
 
     def _write(
-        self, tables: Iterable[pa.Table], target: BinaryIO
+        self, tables: Iterable[pa.Table], target: IO[bytes]
     ) -> tuple[dict[str, int], list[dict[str, Any]]]:
         """Write tables as one Parquet file; the same tables give the same bytes."""
         counts: Counter[str] = Counter()

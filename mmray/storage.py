@@ -149,6 +149,14 @@ class Folder:
                 Path(target).unlink(missing_ok=True)
                 _prune(Path(target).parent, Path(self.root))
 
+    def arrow(self) -> tuple[Any, str]:
+        """Give the folder as pyarrow and Ray Train take it: a pyarrow file system, and a path in it."""
+        import pyarrow.fs
+
+        if self.is_local:
+            return pyarrow.fs.LocalFileSystem(), self.root
+        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(self.filesystem)), self.root
+
     def read_json(self, path: str) -> Any:
         """Read a JSON file; None when there is none.
 

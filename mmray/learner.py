@@ -1,0 +1,174 @@
+"""One training step: loss, gradient, schedule, averaged weights; and a checkpoint of it all. Without Ray."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from timm.optim import param_groups_weight_decay
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from mmray.config import TrainConfig
+from mmray.losses import binary_cross_entropy, class_weights
+from mmray.model import Inputs, MultimodalModel
+
+BASE_BATCH_SIZE = 64
+"""Global batch that `learning_rate` is meant for."""
+
+
+class Learner:
+    """A model that learns, with all the state that learning has."""
+
+    def __init__(
+        self,
+        model: MultimodalModel,
+        config: TrainConfig,
+        *,
+        num_rows: int,
+        positives: np.ndarray,
+        steps_per_epoch: int,
+        world_size: int = 1,
+        forward: Callable[[Inputs], Tensor] | None = None,
+    ) -> None:
+        """Set learning up.
+
+        Args:
+            model: on its device.
+            config: the recipe.
+            num_rows: training rows.
+            positives: int64 (L,), training rows that bear each label.
+            steps_per_epoch: of each worker.
+            world_size: workers; the rate grows with the square root of the global batch, as Adam's does.
+            forward: the model wrapped for distributed training [default: the model].
+        """
+        self.model, self.config, self.forward = model, config, forward or model
+        self.device = next(model.parameters()).device
+        self.optimizer = torch.optim.AdamW(param_groups_weight_decay(model, config.weight_decay))
+        self.ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
+        self.total_steps = config.epochs * steps_per_epoch
+        self.warmup_steps = config.warmup_epochs * steps_per_epoch
+        global_batch = config.batch_size_per_worker * world_size
+        self.peak_rate = config.learning_rate * math.sqrt(global_batch / BASE_BATCH_SIZE)
+        weighted = config.loss == "weighted-bce"
+        self.pos_weight = (
+            class_weights(num_rows, torch.from_numpy(positives)).to(self.device) if weighted else None
+        )
+        self.num_steps = 0
+
+    @property
+    def averaged(self) -> MultimodalModel:
+        """The model that is validated and kept: of averaged weights, if these are asked for."""
+        return self.ema.module if self.ema else self.model
+
+    def step(self, inputs: Inputs, targets: Tensor, valid: Tensor) -> Tensor:
+        """Take one step.
+
+        Args:
+            inputs: B rows.
+            targets: uint8 (B, L).
+            valid: bool (B,); other rows teach nothing.
+
+        Returns:
+            loss: float32, on the device, so that nothing waits for it.
+        """
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate()
+        with self.autocast():
+            logits = self.forward(inputs)
+        loss = binary_cross_entropy(logits, targets, self.pos_weight, mask=valid[:, None].float())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        self.num_steps += 1
+        if self.ema:
+            self.ema.update(self.model, self.num_steps)
+        return loss.detach()
+
+    def rate(self) -> float:
+        """Give the learning rate of the next step: linear warm-up, then a cosine to zero."""
+        if self.num_steps < self.warmup_steps:
+            return self.peak_rate * (self.num_steps + 1) / self.warmup_steps
+        share = (self.num_steps - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        return self.peak_rate * (1 + math.cos(math.pi * min(1.0, share))) / 2
+
+    @torch.inference_mode()
+    def score(self, inputs: Inputs) -> np.ndarray:
+        """Score B rows with the averaged weights: float32 (B, L)."""
+        model = self.averaged.eval()
+        with self.autocast():
+            logits = model(inputs)
+        return logits.float().sigmoid().cpu().numpy()
+
+    def autocast(self) -> Any:
+        """Compute in bf16 on a GPU, in float32 elsewhere."""
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+
+    def save(self, folder: Path, progress: dict[str, Any]) -> None:
+        """Write a checkpoint, together with what the caller wants to know when it is loaded."""
+        safetensors.torch.save_file(_contiguous(self.model), folder / "model.safetensors")
+        safetensors.torch.save_file(_contiguous(self.averaged), folder / "averaged.safetensors")
+        torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+        (folder / "progress.json").write_text(json.dumps(progress | {"num_steps": self.num_steps}))
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Go back to a checkpoint; gives what was saved with it."""
+        self.model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+        if self.ema:
+            self.ema.module.load_state_dict(safetensors.torch.load_file(folder / "averaged.safetensors"))
+        state = torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True)
+        self.optimizer.load_state_dict(state)
+        progress: dict[str, Any] = json.loads((folder / "progress.json").read_text())
+        self.num_steps = progress["num_steps"]
+        return progress
+
+
+def freeze_unused(model: MultimodalModel, image_size: int) -> list[str]:
+    """Freeze parameters that no gradient reaches: DDP would wait for them forever.
+
+    Some backbones carry layers that only their own classifier uses.
+
+    Returns:
+        Their names.
+    """
+    rows = torch.ones(2, dtype=torch.bool)
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    inputs = Inputs(torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8), rows, ids, ids, rows)
+    model.eval()
+    # Stand-ins for missing modalities see a gradient only where one is missing: show both kinds of rows.
+    missing = inputs._replace(has_image=~rows, has_caption=~rows)
+    (model(inputs).sum() + model(missing).sum()).backward()
+    unused = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    for name in unused:
+        model.get_parameter(name).requires_grad_(False)
+    model.zero_grad(set_to_none=True)
+    return unused
+
+
+def drop_modalities(inputs: Inputs, share: float, generator: torch.Generator) -> Inputs:
+    """Hide the image of some rows and the caption of as many others; never both of one row.
+
+    Args:
+        inputs: B rows.
+        share: of the rows that lose their image, and of those that lose their caption.
+        generator: on the CPU.
+    """
+    draw = torch.rand(len(inputs.has_image), generator=generator).to(inputs.has_image.device)
+    both = inputs.has_image & inputs.has_caption
+    return inputs._replace(
+        has_image=inputs.has_image & ~(both & (draw < share)),
+        has_caption=inputs.has_caption & ~(both & (draw > 1 - share)),
+    )
+
+
+def _contiguous(model: MultimodalModel) -> dict[str, Tensor]:
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}

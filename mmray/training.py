@@ -1,0 +1,327 @@
+"""Training: the TorchTrainer around `mmray.worker`, from two datasets to a bundle.
+
+OUTPUT/                     the bundle, when training is done
+OUTPUT/_train/recipe.json   what is trained on what: another recipe is refused
+OUTPUT/_train/start.json    vocabulary, label counts, caption tower: made once, so that a resumed run agrees
+OUTPUT/_train/tokenizer/
+OUTPUT/_train/run/          Ray Train's checkpoints, one an epoch; the best and the latest are kept
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import ray.train
+import safetensors.torch
+from ray.train.torch import TorchTrainer
+from ray.util.queue import Queue
+
+from mmray.bundle import Bundle, save_bundle, tokenizer_files
+from mmray.captions import load_tokenizer, train_tokenizer
+from mmray.config import Columns, ComputeConfig, ModelConfig, TrainConfig, Workers, differences, fingerprint
+from mmray.datasets import Rows, count_labels, sample_captions
+from mmray.errors import ConfigError, DataError, OutputError
+from mmray.images import Augmentation
+from mmray.model import build_model, describe_encoder
+from mmray.progress import Progress
+from mmray.schema import Vocabulary
+from mmray.storage import Folder
+from mmray.worker import Start, TrainJob, decode_rows, train_worker
+
+log = logging.getLogger(__name__)
+
+CAPTIONS_FOR_TOKENIZER = 1_000_000
+RUN = "_train"
+RECIPE, START = f"{RUN}/recipe.json", f"{RUN}/start.json"
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What training gave."""
+
+    bundle: Bundle
+    metrics: dict[str, Any]
+    """Of the best epoch on the validation rows, as `Counts.summary` gives them, and the epoch's number."""
+    seconds: float
+    resumed: bool
+    """Whether everything had been done before."""
+
+
+def train_model(
+    data_uri: str,
+    val_uri: str,
+    output_uri: str,
+    model: ModelConfig | None = None,
+    train: TrainConfig | None = None,
+    columns: Columns | None = None,
+    compute: ComputeConfig | None = None,
+    *,
+    progress: bool = False,
+) -> TrainingResult:
+    """Train a model on labeled rows, or go on from its last checkpoint; leaves a bundle.
+
+    Args:
+        data_uri: Parquet rows to train on.
+        val_uri: Parquet rows that choose the best epoch and the threshold.
+        output_uri: folder of the bundle; checkpoints stand below it.
+        model: what it is made of.
+        train: how it learns.
+        columns: names of the input's columns.
+        compute: where the work runs.
+        progress: show how the run goes, on stderr.
+
+    Raises:
+        DataError: the rows are unusable.
+        ConfigError: a tower is unknown or out of reach.
+        OutputError: the output holds a bundle of other data or another recipe.
+    """
+    model, train = model or ModelConfig(), train or TrainConfig()
+    columns, compute = columns or Columns(), compute or ComputeConfig()
+    started = time.monotonic()
+    output = Folder(output_uri)
+    rows, val = Rows.find(data_uri, columns), Rows.find(val_uri, columns)
+    if claim(output, recipe_of(rows, val, model, train)):
+        bundle = Bundle.load(output_uri)
+        return TrainingResult(bundle, output.read_json("metrics.json"), time.monotonic() - started, True)
+    start = prepare_start(output, rows, val, model)
+    sizes = build_model(model, len(start.vocabulary), start.text_config).num_bytes()
+    log.info("model: %s", ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items()))
+    workers = TrainWorkers.on_cluster(compute)
+    if rows.num_rows < workers.scaling.maximum:
+        raise DataError(f"{data_uri}: {rows.num_rows} rows for {workers.scaling.maximum} workers; use fewer")
+    with told(progress) as news:
+        job = TrainJob(model, train, start, rows.num_rows, workers.num_threads, news)
+        best = fit(job, rows, val, output, workers)
+    bundle, metrics = save_best(output, best, job, rows)
+    return TrainingResult(bundle, metrics, time.monotonic() - started, False)
+
+
+def recipe_of(rows: Rows, val: Rows, model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
+    """Give all that the trained model depends on."""
+    return {
+        "data": fingerprint(rows.identity()),
+        "val": fingerprint(val.identity()),
+        "columns": asdict(rows.columns),
+        "model": asdict(model),
+        "train": asdict(train),
+    }
+
+
+def claim(output: Folder, recipe: dict[str, Any]) -> bool:
+    """Take an output for a recipe.
+
+    Returns:
+        Whether the bundle is there already.
+
+    Raises:
+        OutputError: another recipe has it; says what differs.
+    """
+    known = output.read_json(RECIPE)
+    finished = output.read_json("config.json") is not None
+    if known is None:
+        if finished:
+            raise OutputError(f"{output} holds a bundle of unknown origin; choose another --output")
+        output.publish_json(RECIPE, recipe)
+    elif found := differences(known, recipe):
+        raise OutputError(f"{output} was trained otherwise ({'; '.join(found)}); choose another --output")
+    return finished
+
+
+def prepare_start(output: Folder, rows: Rows, val: Rows, model: ModelConfig) -> Start:
+    """Find what training starts from, or make and publish it.
+
+    Raises:
+        DataError: no labels, or validation rows with labels that training never shows.
+    """
+    record = output.read_json(START)
+    if record is not None:
+        files = {name: output.read(f"{RUN}/tokenizer/{name}") for name in record["tokenizer"]}
+        vocabulary = Vocabulary(tuple(record["labels"]))
+        return Start(vocabulary, np.array(record["positives"], np.int64), record["text_config"], files)
+    vocabulary, positives = count_labels(rows)
+    unknown = sorted(set(count_labels(val)[0].labels) - set(vocabulary.labels), key=str)
+    if unknown:
+        raise DataError(f"{val.folder}: labels {unknown[:5]} occur in validation and never in training")
+    if model.pretrained:
+        tokenizer = load_tokenizer(model.text)
+    else:
+        tokenizer = train_tokenizer(sample_captions(rows, CAPTIONS_FOR_TOKENIZER))
+    start = Start(vocabulary, positives, describe_encoder(model, len(tokenizer)), tokenizer_files(tokenizer))
+    for name, data in start.tokenizer_files.items():
+        output.publish(f"{RUN}/tokenizer/{name}", data)
+    record = {
+        "labels": list(vocabulary.labels),
+        "positives": positives.tolist(),
+        "text_config": start.text_config,
+        "tokenizer": sorted(start.tokenizer_files),
+    }
+    output.publish_json(START, record)
+    return start
+
+
+@dataclass(frozen=True)
+class TrainWorkers:
+    """The workers that train: how many, and what each asks for."""
+
+    scaling: Workers
+    use_gpu: bool
+    num_cpus: float
+    num_threads: int
+
+    @classmethod
+    def on_cluster(cls, compute: ComputeConfig) -> TrainWorkers:
+        """Size the group for the cluster that is there.
+
+        Raises:
+            ConfigError: GPUs are asked for, and the cluster has none.
+        """
+        cpus, gpus = ray.cluster_resources().get("CPU", 1), int(ray.cluster_resources().get("GPU", 0))
+        use_gpu = compute.use_gpu if compute.use_gpu is not None else gpus > 0
+        if use_gpu and not gpus:
+            raise ConfigError("--use-gpu: the cluster has no GPU; use --no-gpu, or submit to one that has")
+        scaling = Workers.parse(compute.num_workers or (gpus if use_gpu else 1))
+        share = cpus / scaling.maximum
+        # Decoding needs CPUs beside the workers, or both would wait for one another.
+        return cls(scaling, use_gpu, min(1.0, (cpus - 1) / scaling.maximum), max(1, int(share)))
+
+
+def fit(job: TrainJob, rows: Rows, val: Rows, output: Folder, workers: TrainWorkers) -> ray.train.Checkpoint:
+    """Run Ray Train until the recipe is done; gives the best epoch's checkpoint."""
+    config = job.train
+    decode = {"model": job.model, "vocabulary": job.start.vocabulary}
+    augmentation = Augmentation(config.crop, config.colour)
+    columns = ["image", "caption", "labels"]
+    filesystem, path = (output / RUN).arrow()
+    low, high = workers.scaling.minimum, workers.scaling.maximum
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        datasets={
+            "train": rows.dataset(columns, config.seed).map_batches(
+                decode_rows, fn_kwargs={**decode, "augmentation": augmentation}, **DECODE_BATCHES
+            ),
+            "val": val.dataset(columns).map_batches(decode_rows, fn_kwargs=decode, **DECODE_BATCHES),
+        },
+        dataset_config=ExactValidation(),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=low if low == high else (low, high),
+            use_gpu=workers.use_gpu,
+            resources_per_worker={"CPU": workers.num_cpus} | ({"GPU": 1} if workers.use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name="run",
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=2),
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=1, checkpoint_score_attribute="sample_f1"
+            ),
+        ),
+    )
+    result = trainer.fit()
+    return result.get_best_checkpoint("sample_f1", "max")
+
+
+DECODE_BATCHES: dict[str, Any] = {"batch_size": 128, "batch_format": "pyarrow"}
+
+
+class ExactValidation(ray.train.DataConfig):
+    """Splits training rows equally, so that no worker waits for another, and validation rows exactly."""
+
+    def configure(
+        self, datasets: dict[str, ray.data.Dataset], world_size: int, *args: Any, **kwargs: Any
+    ) -> list[dict[str, ray.data.DataIterator]]:
+        """Give each worker its streams."""
+        splits = {
+            name: dataset.streaming_split(world_size, equal=name == "train")
+            for name, dataset in datasets.items()
+        }
+        return [{name: split[rank] for name, split in splits.items()} for rank in range(world_size)]
+
+
+@contextmanager
+def told(show: bool) -> Iterator[Queue | None]:
+    """Give workers a queue for news, and show what comes; None when nobody wants to know."""
+    if not show:
+        yield None
+        return
+    news = Queue(actor_options={"num_cpus": 0})
+
+    def listen(progress: Progress) -> None:
+        while (item := news.get()) is not None:
+            if "line" in item:
+                progress.print(item["line"])
+            else:
+                progress.total = item["num_steps"]
+                progress.update(item["step"], epoch=item["epoch"])
+
+    with Progress("train", 1, "steps") as progress:
+        thread = Thread(target=listen, args=(progress,), name="news", daemon=True)
+        thread.start()
+        try:
+            yield news
+        finally:
+            news.put(None)
+            thread.join(timeout=5)
+
+
+def save_best(
+    output: Folder, best: ray.train.Checkpoint, job: TrainJob, rows: Rows
+) -> tuple[Bundle, dict[str, Any]]:
+    """Make the bundle of the best epoch's averaged weights; gives it and its metrics."""
+    with best.as_directory() as folder:
+        weights = safetensors.torch.load_file(Path(folder) / "averaged.safetensors")
+        state = json.loads((Path(folder) / "progress.json").read_text())
+    metrics = state["metrics"]
+    bundle = save_bundle(
+        output,
+        model_config=job.model,
+        text_config=job.start.text_config,
+        vocabulary=job.start.vocabulary,
+        thresholds=np.full(len(job.start.vocabulary), metrics["threshold"]),
+        tokenizer_files=job.start.tokenizer_files,
+        weights=weights,
+        metrics=metrics,
+        card=model_card(job, metrics, rows.num_rows),
+    )
+    return bundle, metrics
+
+
+def model_card(job: TrainJob, metrics: dict[str, Any], num_rows: int) -> str:
+    """Say in Markdown what a bundle is, how good it is, and how to use it."""
+    lines = [
+        "# Model card",
+        "",
+        f"Labels images with captions: {len(job.start.vocabulary)} labels, several a row. Made by mmray "
+        f"{version('mmray')}.",
+        "",
+        f"- Image tower {job.model.vision} at {job.model.image_size} px, caption tower {job.model.text}, "
+        f"fusion {job.model.fusion}.",
+        f"- Trained on {num_rows:,} rows; epoch {metrics['epoch']} was the best.",
+        f"- On {metrics['num_rows']:,} validation rows: sample F1 {metrics['sample_f1']:.3f}, "
+        f"mAP {metrics['map']:.3f}, macro F1 {metrics['macro_f1']:.3f}, at threshold {metrics['threshold']:.2f}, "
+        "which these same rows chose.",
+        "",
+        "| label | precision | recall | F1 | AP | rows |",
+        "|---|---|---|---|---|---|",
+    ]
+    for label, entry in metrics["by_label"].items():
+        average = "" if entry["ap"] is None else f"{entry['ap']:.3f}"
+        lines.append(
+            f"| {label} | {entry['precision']:.3f} | {entry['recall']:.3f} | {entry['f1']:.3f} | {average} "
+            f"| {entry['support']} |"
+        )
+    use = "python jobs/label.py --input DATA --model THIS_FOLDER --output LABELED"
+    return "\n".join([*lines, "", "Label with it:", "", f"    {use}", ""])

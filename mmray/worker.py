@@ -1,0 +1,263 @@
+"""What one training worker does: decoded rows in, steps, validation, a checkpoint each epoch."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed
+from ray.data.collate_fn import NumpyBatchCollateFn
+from ray.util.queue import Queue
+from torch import Tensor
+
+from mmray.bundle import tokenizer_of
+from mmray.captions import tokenize
+from mmray.config import ModelConfig, TrainConfig
+from mmray.decisions import decide
+from mmray.images import Augmentation, View
+from mmray.labeler import decode_row
+from mmray.learner import Learner, drop_modalities, freeze_unused
+from mmray.metrics import Counts
+from mmray.model import Inputs, build_model
+from mmray.schema import Status, Vocabulary
+
+SHUFFLE_BUFFER_BYTES = 256 << 20
+NEWS_INTERVAL_S = 0.5
+
+Batches = Iterable[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What training starts from, beside the recipe."""
+
+    vocabulary: Vocabulary
+    positives: np.ndarray
+    """int64 (L,), training rows that bear each label."""
+    text_config: dict[str, Any]
+    tokenizer_files: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """All that a worker is told."""
+
+    model: ModelConfig
+    train: TrainConfig
+    start: Start
+    num_rows: int
+    num_threads: int
+    news: Queue | None
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Train, validate and report, epoch by epoch. Ray Train runs this in each worker."""
+    job: TrainJob = config["job"]
+    torch.set_num_threads(job.num_threads)
+    rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    batch_size = min(job.train.batch_size_per_worker, job.num_rows // world_size)
+    num_steps = job.num_rows // world_size // batch_size
+    learner = make_learner(job, num_steps, world_size)
+    state: dict[str, Any] = {"epoch": 0, "stale": 0, "best": -1.0}
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            state = learner.load(Path(folder))
+    train, val = ray.train.get_dataset_shard("train"), ray.train.get_dataset_shard("val")
+    collate = Collate(tokenizer_of(job.start.tokenizer_files), job.model.max_tokens)
+    stream = {"batch_size": batch_size, "collate_fn": collate}
+    news = News(job.news if rank == 0 else None)
+    while state["epoch"] < job.train.epochs and state["stale"] < job.train.patience:
+        epoch = state["epoch"] + 1
+        batches = train.iter_torch_batches(
+            **stream,
+            drop_last=True,
+            local_shuffle_buffer_size=shuffle_buffer_rows(job.model.image_size, batch_size),
+            local_shuffle_seed=job.train.seed + epoch,
+        )
+        torch.manual_seed(job.train.seed + 1_000_003 * epoch + rank)
+        started = time.monotonic()
+        loss = train_epoch(learner, news.about(batches, epoch, num_steps), job.train.modality_dropout)
+        metrics = validate(learner, val.iter_torch_batches(**stream), job.start.vocabulary)
+        metrics |= {"epoch": epoch, "loss": loss, "seconds": time.monotonic() - started}
+        better = metrics["sample_f1"] > state["best"]
+        state = {
+            "epoch": epoch,
+            "stale": 0 if better else state["stale"] + 1,
+            "best": max(state["best"], metrics["sample_f1"]),
+            "metrics": metrics,
+        }
+        news.tell(
+            f"epoch {epoch}: loss {loss:.4f}, validation sample F1 {metrics['sample_f1']:.4f}, "
+            f"mAP {metrics['map']:.4f}, macro F1 {metrics['macro_f1']:.4f} ({metrics['seconds']:.0f} s)"
+            + (" *" if better else "")
+        )
+        report(learner, state, rank)
+
+
+def make_learner(job: TrainJob, steps_per_epoch: int, world_size: int) -> Learner:
+    """Build the model on the worker's device, the same weights on all workers, ready to learn."""
+    torch.manual_seed(job.train.seed)
+    model = build_model(job.model, len(job.start.vocabulary), job.start.text_config)
+    freeze_unused(model, job.model.image_size)
+    model.to(ray.train.torch.get_device())
+    return Learner(
+        model,
+        job.train,
+        num_rows=job.num_rows,
+        positives=job.start.positives,
+        steps_per_epoch=steps_per_epoch,
+        world_size=world_size,
+        forward=ray.train.torch.prepare_model(model),
+    )
+
+
+def train_epoch(learner: Learner, batches: Batches, modality_dropout: float) -> float:
+    """Take a step for each batch; gives the mean loss over all workers."""
+    generator = torch.Generator().manual_seed(torch.initial_seed())
+    total = torch.zeros(2, device=learner.device)
+    for batch in batches:
+        inputs = drop_modalities(inputs_of(batch, learner.device), modality_dropout, generator)
+        loss = learner.step(inputs, batch["targets"].to(learner.device), batch["valid"].to(learner.device))
+        total += torch.stack([loss, torch.ones_like(loss)])
+    add_up(total)
+    return float(total[0] / total[1].clamp(min=1))
+
+
+def validate(learner: Learner, batches: Batches, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Measure the averaged weights on all workers' validation rows together.
+
+    The threshold of best sample F1 is chosen first, then everything is measured at it. Rows that could not
+    be labeled count as rows without a label. What is reduced over workers are counts, so that their number
+    makes no difference.
+
+    Returns:
+        `Counts.summary`, and the `threshold`.
+    """
+    if (
+        torch.distributed.is_initialized()
+    ):  # batch norm saw other rows on each worker: all take the first one's
+        for buffer in learner.averaged.buffers():
+            torch.distributed.broadcast(buffer, 0)
+    num_labels = len(vocabulary)
+    scores, targets, valid = (
+        np.zeros((0, num_labels), np.float32),
+        np.zeros((0, num_labels), bool),
+        np.zeros(0, bool),
+    )
+    for batch in batches:
+        scores = np.concatenate([scores, learner.score(inputs_of(batch, learner.device))])
+        targets = np.concatenate([targets, batch["targets"].numpy().astype(bool)])
+        valid = np.concatenate([valid, batch["valid"].numpy()])
+    scores *= valid[:, None]
+
+    def count(threshold: float) -> Counts:
+        decided, fell_back = decide(scores, np.full(num_labels, threshold))
+        counts = Counts.of(scores, targets, decided & valid[:, None], fell_back & valid)
+        vector = torch.from_numpy(counts.to_vector()).to(learner.device)
+        add_up(vector)
+        return Counts.from_vector(vector.cpu().numpy(), num_labels)
+
+    threshold = count(0.5).best_threshold()
+    return count(threshold).summary(vocabulary.labels) | {"threshold": threshold}
+
+
+def report(learner: Learner, state: dict[str, Any], rank: int) -> None:
+    """Tell Ray Train of an epoch, with a checkpoint by the first worker."""
+    with tempfile.TemporaryDirectory() as folder:
+        if rank == 0:
+            learner.save(Path(folder), state)
+        metrics = {name: state["metrics"][name] for name in ("epoch", "sample_f1", "map", "loss")}
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint(folder) if rank == 0 else None)
+
+
+class News:
+    """What the first worker tells the driver, as far as somebody listens."""
+
+    def __init__(self, queue: Queue | None) -> None:
+        """Take the driver's queue."""
+        self.queue = queue
+        self._told = 0.0
+
+    def about(self, batches: Batches, epoch: int, num_steps: int) -> Batches:
+        """Pass batches on, and tell now and then how many have been."""
+        for step, batch in enumerate(batches, 1):
+            yield batch
+            if self.queue and time.monotonic() - self._told > NEWS_INTERVAL_S:
+                self._told = time.monotonic()
+                self.queue.put({"epoch": epoch, "step": step, "num_steps": num_steps})
+
+    def tell(self, line: str) -> None:
+        """Tell a line."""
+        if self.queue:
+            self.queue.put({"line": line})
+
+
+class Collate(NumpyBatchCollateFn):
+    """Tokenizes the captions of a batch, and makes tensors of it."""
+
+    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+        """Take the tokenizer."""
+        self.tokenizer, self.max_tokens = tokenizer, max_tokens
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        """Turn what `decode_rows` gave into the parts of `Inputs`, `targets` and `valid`."""
+        captions = batch.pop("caption").tolist()
+        batch["input_ids"], batch["attention_mask"] = tokenize(self.tokenizer, captions, self.max_tokens)
+        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
+
+
+def decode_rows(
+    block: pa.Table, model: ModelConfig, vocabulary: Vocabulary, augmentation: Augmentation | None = None
+) -> dict[str, np.ndarray]:
+    """Decode rows for training: the function that labels them, plus augmentation.
+
+    Returns:
+        pixels: uint8 (B, S, S, 3); caption: str (B,); has_image, has_caption, valid: bool (B,);
+        targets: uint8 (B, L).
+    """
+    views: list[View | None] = [None] * block.num_rows
+    if augmentation and block.num_rows:
+        generator = np.random.default_rng(block["draw"][0].as_py())
+        views = [augmentation.draw(generator) for _ in range(block.num_rows)]
+    images, captions = block["image"].to_pylist(), block["caption"].to_pylist()
+    rows = [
+        decode_row(image, caption, model.fusion, model.image_size, view)
+        for image, caption, view in zip(images, captions, views, strict=True)
+    ]
+    pixels = np.zeros((len(rows), model.image_size, model.image_size, 3), np.uint8)
+    for index, row in enumerate(rows):
+        if row.pixels is not None:
+            pixels[index] = row.pixels
+    return {
+        "pixels": pixels,
+        "caption": np.array([row.caption or "" for row in rows], object),
+        "has_image": np.array([row.pixels is not None for row in rows], bool),
+        "has_caption": np.array([row.caption is not None for row in rows], bool),
+        "valid": np.array([row.status is not Status.FAILED for row in rows], bool),
+        "targets": vocabulary.encode(block["labels"]),
+    }
+
+
+def inputs_of(batch: dict[str, Tensor], device: torch.device) -> Inputs:
+    """Take the model's inputs out of a batch."""
+    return Inputs(**{name: batch[name] for name in Inputs._fields}).to(device)
+
+
+def shuffle_buffer_rows(image_size: int, batch_size: int) -> int:
+    """Size the buffer that rows are drawn from: as many as 256 MiB hold, and at least four batches."""
+    return max(4 * batch_size, min(8192, SHUFFLE_BUFFER_BYTES // (3 * image_size**2)))
+
+
+def add_up(tensor: Tensor) -> None:
+    """Sum a tensor over all workers, in place."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
