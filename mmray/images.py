@@ -18,7 +18,7 @@ from mmray.errors import DataError
 DECODER = "pillow-1"
 """Names the pixels that `decode_image` gives. Part of the fingerprint: change it when they change."""
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 """What web archives hold. Pillow knows more, some of it by calling other programs."""
 
 MAX_PIXELS = 89_478_485

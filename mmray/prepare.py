@@ -1,0 +1,299 @@
+"""Raw layouts (Kaggle's CSV, COCO's JSON, a folder of images) to the canonical dataset of Parquet files.
+
+The driver parses the table, lists the images once and cuts the rows into parts. A part is one task, which
+fetches images and publishes one file, under a name that a retry writes again. A row whose image is missing or
+unreadable stays, and is listed in `_prepare/rejected.jsonl`.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+
+from mmray.config import require_range
+from mmray.errors import DataError, OutputError
+from mmray.images import decode_image
+from mmray.schema import CANONICAL_SCHEMA, Label
+from mmray.storage import Folder
+
+PART_BYTES, PART_ROWS = 256 * 2**20, 100_000  # what one task and its file hold at most
+GROUP_BYTES, GROUP_ROWS = 64 * 2**20, 1_000  # what a row group, and so a task in memory, holds at most
+REJECTED_PATH = "_prepare/rejected.jsonl"
+_EXTENSIONS = "jpg|jpeg|png|webp|gif|bmp|tif|tiff|avif"
+_IMAGE = re.compile(rf"\.({_EXTENSIONS})$", re.IGNORECASE)
+_RECORD = re.compile(rf'^([^,"\r\n]+\.(?:{_EXTENSIONS})),', re.IGNORECASE | re.MULTILINE)
+_OUTSIDE = re.compile(r"(^|/)\.\.(/|$)|^/|^[A-Za-z]:|\\|://")  # also by a drive, a Windows separator, a URL
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")  # fits int64 and is written the same way again, unlike 007
+
+
+class Row(NamedTuple):
+    """A row of a raw layout. `path` is relative to the images; `labels` is None where the source has none."""
+
+    image_id: str
+    path: str
+    caption: str | None = None
+    labels: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What was written, and what was wrong with it."""
+
+    num_rows: int  # all rows of the source
+    num_with_image: int  # rows that hold the bytes of an image, readable or not
+    num_missing: int  # rows without one, since the folder has none at their path
+    num_unreadable: int  # rows whose image cannot be decoded
+    num_duplicates: int  # rows whose image_id an earlier row has
+    num_left_out: int  # images in the folder that no row names
+    num_files: int
+    num_bytes: int  # of the files
+    labels: dict[Label, int]  # label -> rows that have it, in the order of the labels
+    rejected_uri: str  # JSON lines with image_id and reason, of the missing and the unreadable
+
+
+def prepare_kaggle(csv_uri: str, images_uri: str, output_uri: str, val_fraction: float = 0.0) -> Prepared:
+    """Prepare the layout of the COMP5329 Kaggle set, as `kaggle_rows` reads it.
+
+    Raises:
+        DataError: the CSV has another layout, or names an image outside the folder.
+        OutputError: the output holds other Parquet files.
+    """
+    rows = kaggle_rows(_read(csv_uri), csv_uri)
+    return _prepare(rows, csv_uri, Folder(images_uri), Folder(output_uri), val_fraction)
+
+
+def prepare_coco(
+    instances_uri: str, captions_uri: str, images_uri: str, output_uri: str, val_fraction: float = 0.0
+) -> Prepared:
+    """Prepare COCO's annotations, as `coco_rows` reads them. Raises as `prepare_kaggle` does."""
+    source = f"{instances_uri} with {captions_uri}"
+    rows = coco_rows(_read(instances_uri), _read(captions_uri), source)
+    return _prepare(rows, source, Folder(images_uri), Folder(output_uri), val_fraction)
+
+
+def prepare_folder(
+    images_uri: str, output_uri: str, csv_uri: str | None = None, val_fraction: float = 0.0
+) -> Prepared:
+    """Prepare the images that a CSV names (see `csv_rows`), or all. Raises as `prepare_kaggle` does."""
+    rows = csv_rows(_read(csv_uri), csv_uri) if csv_uri else None
+    return _prepare(rows, csv_uri or images_uri, Folder(images_uri), Folder(output_uri), val_fraction)
+
+
+def kaggle_rows(text: str, source: str) -> Iterator[Row]:
+    """Read `ImageID,Labels,Caption` or `ImageID,Caption`, whose quotes are not escaped.
+
+    A record begins at a line that starts with `<name>.<image extension>,`. What follows up to the next such
+    line is its caption: white space around it and one pair of outer quotes fall away, and all between the
+    quotes stays as it is, line breaks included. image_id is the name; spaces separate the labels.
+
+    Raises:
+        DataError: another header, text before the first record, or a record without its labels.
+    """
+    header, _, body = text.partition("\n")
+    columns = header.strip().split(",")
+    if columns not in (["ImageID", "Labels", "Caption"], ["ImageID", "Caption"]):
+        raise DataError(f"{source}: expected ImageID,Labels,Caption or ImageID,Caption, not {header[:80]!r}")
+    before, *pieces = _RECORD.split(body)
+    if lost := before.strip()[:80]:
+        raise DataError(f"{source} line 2: {lost!r} begins no record; expected one such as 0.jpg,...")
+    for name, caption in zip(pieces[::2], pieces[1::2], strict=True):
+        labels = None
+        if "Labels" in columns:
+            field, _, caption = caption.partition(",")
+            if '"' in field or "\n" in field.strip():
+                raise DataError(f"{source}: the record of {name!r} has no labels; expected {header.strip()}")
+            labels = tuple(field.split())
+        caption = caption.strip()
+        if len(caption) > 1 and caption[0] == caption[-1] == '"':
+            caption = caption[1:-1]
+        yield Row(name.strip(), name.strip(), caption or None, labels)
+
+
+def coco_rows(instances_json: str, captions_json: str, source: str) -> list[Row]:
+    """Join COCO's instances and captions: one row per image, in the order of the instances' `images`.
+
+    image_id is the image's id; labels are the names of its categories, sorted and unique, none where it has
+    no annotation; the caption is the first that the captions give for it. Another layout is a DataError.
+    """
+    try:
+        instances, captions = json.loads(instances_json), json.loads(captions_json)
+        names = {category["id"]: str(category["name"]) for category in instances["categories"]}
+        labels = defaultdict(set)
+        for annotation in instances["annotations"]:
+            labels[annotation["image_id"]].add(names[annotation["category_id"]])
+        backwards = reversed(captions["annotations"])  # so that the first stays
+        first = {annotation["image_id"]: str(annotation["caption"] or "") for annotation in backwards}
+        images = [(image["id"], str(image["file_name"])) for image in instances["images"]]
+    except (KeyError, TypeError, ValueError) as error:
+        layout = "images: id, file_name; annotations: image_id, category_id or caption; categories: id, name"
+        raise DataError(f"{source}: expected COCO's {layout}; found {error!r}") from None
+    return [Row(str(i), path, first.get(i) or None, tuple(sorted(labels[i]))) for i, path in images]
+
+
+def csv_rows(text: str, source: str) -> Iterator[Row]:
+    """Read a CSV with the column `image` (a path, and the image_id) and, if wanted, `caption` and `labels`.
+
+    Labels are separated by `|` where the cell has one, else by spaces: `traffic light|dog`, `10 18`. Other
+    columns, broken quotes, and lines with more or fewer fields than the first are a DataError.
+    """
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        columns = list(reader.fieldnames or [])
+        if "image" not in columns or not {*columns} <= {"image", "caption", "labels"}:
+            raise DataError(f"{source}: expected the columns image, caption, labels, not {columns}")
+        for row in reader:
+            if None in row or None in row.values():
+                raise DataError(f"{source} line {reader.line_num}: expected {len(columns)} fields, {columns}")
+            cell = row.get("labels", "")
+            labels = tuple(filter(None, map(str.strip, cell.split("|" if "|" in cell else None))))
+            path, caption = row["image"], row.get("caption") or None
+            yield Row(path, path, caption, labels if "labels" in row else None)
+    except csv.Error as error:
+        raise DataError(f"{source} after line {reader.line_num}: {error}; quote as RFC 4180 says") from None
+
+
+def cut(sizes: Sequence[int], most_bytes: int, most_rows: int) -> Iterator[slice]:
+    """Cut consecutive rows into runs that keep both limits; a row above `most_bytes` is a run of its own."""
+    first, total = 0, 0
+    for row, size in enumerate([*sizes, most_bytes + 1]):  # the last of which closes the last run
+        if row > first and (total + size > most_bytes or row - first == most_rows):
+            yield slice(first, row)
+            first, total = row, 0
+        total += size
+
+
+def _prepare(
+    found: Iterable[Row] | None, source: str, images: Folder, output: Folder, val_fraction: float
+) -> Prepared:
+    """Write the rows that were found in the source, or without any one row for each image."""
+    require_range("--val-fraction", val_fraction, 0, 1)
+    sizes = images.list()
+    in_folder = [path for path in sizes if _IMAGE.search(path)]
+    if not in_folder:
+        raise DataError(f"{images}: no images there; check --images")
+    found = (Row(path, path) for path in in_folder) if found is None else found
+    rows = [_checked(row, f"{source} record {number}", sizes) for number, row in enumerate(found, 1)]
+    labels = Counter(label for row in rows for label in set(row.labels or ()))
+    kind: Callable[[str], Label] = int if all(map(_INTEGER.fullmatch, labels)) else str
+    folders = defaultdict(list)
+    for row in rows:
+        # From the image_id alone, so that it is the same in every run and on every machine.
+        share = int.from_bytes(hashlib.sha256(row.image_id.encode()).digest()[:8]) / 2**64
+        folders[("val/" if share < val_fraction else "train/") if val_fraction else ""].append(row)
+    if len(folders) < (2 if val_fraction else 1):
+        empty_side = f"--val-fraction {val_fraction} puts all {len(rows)} rows on one side; change it"
+        raise DataError(f"{source}: {empty_side if rows else 'it has no rows'}")
+    parts = {
+        (file := f"{folder}part-{number:05d}.parquet"): _table(file, members[run], sizes, kind)
+        for folder, members in folders.items()
+        for number, run in enumerate(cut([sizes.get(row.path, 0) for row in members], PART_BYTES, PART_ROWS))
+    }
+    if others := sorted(output.list(".parquet").keys() - parts.keys()):
+        raise OutputError(f"{output} holds {others[0]}, which is not of this run; empty it or choose another")
+
+    write = partial(write_part, images=images, output=output)  # whole blocks: one part, one task, one file
+    reports = (
+        ray.data.from_arrow(list(parts.values()))
+        .map_batches(write, batch_size=None, batch_format="pyarrow", num_cpus=0.5)
+        .iter_rows()
+    )
+    rejected = sorted(reports, key=lambda row: row["file"])
+    lines = [{"image_id": row["image_id"], "reason": row["reason"]} for row in rejected]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    output.publish(REJECTED_PATH, text.encode())
+    num_missing = sum(row["missing"] for row in rejected)
+    files = output.list(".parquet")
+    return Prepared(
+        num_rows=len(rows),
+        num_with_image=len(rows) - num_missing,
+        num_missing=num_missing,
+        num_unreadable=len(rejected) - num_missing,
+        num_duplicates=len(rows) - len({row.image_id for row in rows}),
+        num_left_out=len(set(in_folder) - {row.path for row in rows}),
+        num_files=len(files),
+        num_bytes=sum(files.values()),
+        labels={kind(label): labels[label] for label in sorted(labels, key=kind)},
+        rejected_uri=f"{output}/{REJECTED_PATH}",
+    )
+
+
+def _checked(row: Row, where: str, sizes: dict[str, int]) -> Row:
+    """Write the path as a listing does; refuse one that leads out of the folder, and text that is none."""
+    if row.path not in sizes and _OUTSIDE.search(row.path):
+        raise DataError(f"{where}: {row.path!r} leads out of --images; write a path relative to it")
+    try:
+        "".join((row.image_id, row.caption or "", *(row.labels or ()))).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: {error.object[:80]!r} is not valid Unicode; rename it") from None
+    return row._replace(path=str(PurePosixPath(row.path)))
+
+
+def _table(file: str, rows: list[Row], sizes: dict[str, int], kind: Callable[[str], Label]) -> pa.Table:
+    """Lay a part out as `write_part` takes it."""
+    added = [("file", pa.string()), ("path", pa.string()), ("size", pa.int64())]
+    records = [row._asdict() | {"file": file, "size": sizes.get(row.path)} for row in rows]
+    part = pa.Table.from_pylist(records, pa.schema([*CANONICAL_SCHEMA, *added]))
+    labels = pa.array([row.labels for row in rows], pa.list_(pa.string()))
+    labels = labels.cast(pa.list_(pa.int64() if kind is int else pa.string()))
+    return part if rows[0].labels is None else part.append_column("labels", labels)
+
+
+def write_part(part: pa.Table, images: Folder, output: Folder) -> pa.Table:
+    """Fetch the images of a part, publish its file, and give the rows that are to be listed as rejected.
+
+    A part has the file's columns, images still null, and file (its path in the output, the same in all rows),
+    path and size (of the image, null where there is none). A rejected row: file, image_id, reason, missing.
+    """
+    (file,) = part["file"].unique().to_pylist()
+    paths, sizes = part["path"].to_pylist(), part["size"].to_pylist()
+    rows = part.drop_columns(["file", "path", "size"])
+    missing, reasons = [], []
+    with tempfile.NamedTemporaryFile() as local, ThreadPoolExecutor(16) as pool:
+        # A dictionary of images, each there once, would only cost time.
+        with pq.ParquetWriter(local.name, rows.schema, compression="zstd", use_dictionary=False) as writer:
+            for group in cut([size or 0 for size in sizes], GROUP_BYTES, GROUP_ROWS):
+                fetched = list(pool.map(partial(_fetch, images), paths[group], sizes[group]))
+                encoded = pa.array([image for image, _ in fetched], pa.binary())
+                writer.write_table(rows[group].set_column(1, CANONICAL_SCHEMA.field("image"), encoded))
+                missing += [image is None for image, _ in fetched]
+                reasons += [reason for _, reason in fetched]
+        output.publish(file, Path(local.name))
+    report = part.select(["file", "image_id"]).append_column("reason", pa.array(reasons, pa.string()))
+    return report.append_column("missing", pa.array(missing)).drop_null()
+
+
+def _fetch(images: Folder, path: str, size: int | None) -> tuple[bytes | None, str | None]:
+    """Give the encoded image, if any, and the reason why it is rejected, if it is."""
+    data = None
+    try:
+        if size is not None:
+            data = images.read(path)
+            decode_image(data, size_px=32)
+    except (DataError, FileNotFoundError) as error:  # the latter: gone since it was listed, or a broken link
+        return data, f"{path}: {error}"
+    return data, f"{path}: no such image" if data is None else None
+
+
+def _read(uri: str) -> str:
+    folder, slash, name = uri.rpartition("/")
+    try:
+        return Folder(folder + slash or ".").read(name).decode("utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError):
+        raise DataError(f"{uri}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{uri}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
