@@ -139,21 +139,31 @@ class ComputeConfig:
 
 
 @dataclass(frozen=True)
-class LabelConfig:
-    """What a labeling job writes, and when it gives up."""
+class ScoringConfig:
+    """How the model computes."""
 
     batch_size: int = option(64, "Rows that the model takes at once.")
-    max_failed_fraction: float = option(0.01, "Stop when more of the planned rows than this have failed.")
-    scores: str = option("all", "Scores to keep: all, top-K or none.")
     precision: str | None = option(
         None, "Arithmetic of the model [default: bf16 on GPU, else fp32].", choices=("fp32", "bf16")
     )
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot compute."""
+        require_range("--batch-size", self.batch_size, 1, 65_536)
+
+
+@dataclass(frozen=True)
+class LabelConfig(ScoringConfig):
+    """What a labeling job writes, and when it gives up."""
+
+    max_failed_fraction: float = option(0.01, "Stop when more of the planned rows than this have failed.")
+    scores: str = option("all", "Scores to keep: all, top-K or none.")
     limit: int | None = option(None, "Label only the first N rows.")
 
     def __post_init__(self) -> None:
         """Refuse what cannot label."""
+        super().__post_init__()
         KeptScores.parse(self.scores)
-        require_range("--batch-size", self.batch_size, 1, 65_536)
         require_range("--max-failed-fraction", self.max_failed_fraction, 0, 1)
         if self.limit is not None:
             require_range("--limit", self.limit, 1, 10**15)

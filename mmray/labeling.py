@@ -142,6 +142,7 @@ def labeling_settings(bundle: Bundle, columns: Columns, config: LabelConfig) -> 
     return {
         "bundle": bundle.fingerprint,
         "labels": list(bundle.vocabulary.labels),
+        "thresholds": bundle.thresholds.tolist(),
         "columns": {"image": columns.image, "caption": columns.caption},
         "image_size": bundle.model_config.image_size,
         "decoder": DECODER,
@@ -186,7 +187,7 @@ def label_dataset(
     started = time.monotonic()
     bundle, output = Bundle.load(model_uri), Folder(output_uri)
     pool = Pool.on_cluster(compute)
-    config = replace(config, precision=config.precision or ("bf16" if pool.num_gpus else "fp32"))
+    config = pool.settle_precision(config)
     folder, plan = plan_labeling(input_uri, bundle, output, columns, config, extend=extend, dry_run=dry_run)
     work = find_work(output, plan)
     if dry_run:
@@ -200,18 +201,8 @@ def label_dataset(
     committer = Committer(output, plan.fingerprint)
     if work.pending:
         with one_block_per_task(), watched(ledger, work if progress else None):
-            (
-                ray.data.read_datasource(ShardSource(folder, work), num_cpus=0.5)
-                .map_batches(
-                    ScoreShards,
-                    fn_constructor_args=(bundle, columns, config, pool.num_threads),
-                    batch_size=1,
-                    batch_format="pyarrow",
-                    compute=ActorPoolStrategy(min_size=pool.minimum, max_size=pool.maximum),
-                    num_cpus=pool.num_cpus,
-                    num_gpus=pool.num_gpus,
-                )
-                .write_datasink(ShardSink(committer, ledger), ray_remote_args={"num_cpus": 0.25})
+            score_shards(folder, work, bundle, columns, config, pool).write_datasink(
+                ShardSink(committer, ledger), ray_remote_args={"num_cpus": 0.25}
             )
     records = complete(committer, plan, ray.get(ledger.records.remote()))
     totals = sum((Counter(record.counts) for record in records), Counter[str]())
@@ -220,6 +211,21 @@ def label_dataset(
     seconds = time.monotonic() - started
     return LabelingResult(
         plan.num_rows, manifest["counts"], len(records), plan.num_shards, num_resumed, seconds
+    )
+
+
+def score_shards(
+    folder: Folder, work: Work, bundle: Bundle, columns: Columns, config: LabelConfig, pool: Pool
+) -> ray.data.Dataset:
+    """Read the shards of some work and score them: packed rows of labeled tables."""
+    return ray.data.read_datasource(ShardSource(folder, work), num_cpus=0.5).map_batches(
+        ScoreShards,
+        fn_constructor_args=(bundle, columns, config, pool.num_threads),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=pool.minimum, max_size=pool.maximum),
+        num_cpus=pool.num_cpus,
+        num_gpus=pool.num_gpus,
     )
 
 
@@ -252,6 +258,10 @@ class Pool(NamedTuple):
         # Reading and committing need a CPU beside the actors, or they would wait for one another.
         num_cpus = max(1, int(share) - 1) if share >= 2 else share / 2
         return cls(workers.minimum, workers.maximum, num_cpus, 0, max(1, int(share)))
+
+    def settle_precision(self, config: LabelConfig) -> LabelConfig:
+        """Fill in the precision that the device does best, unless one is asked for."""
+        return replace(config, precision=config.precision or ("bf16" if self.num_gpus else "fp32"))
 
 
 class ShardSource(Datasource):

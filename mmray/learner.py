@@ -59,7 +59,7 @@ class Learner:
         self.peak_rate = config.learning_rate * math.sqrt(global_batch / BASE_BATCH_SIZE)
         weighted = config.loss == "weighted-bce"
         self.pos_weight = (
-            class_weights(num_rows, torch.from_numpy(positives)).to(self.device) if weighted else None
+            class_weights(num_rows, torch.tensor(positives)).to(self.device) if weighted else None
         )
         self.num_steps = 0
 

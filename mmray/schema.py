@@ -185,10 +185,15 @@ def passthrough_names(input_schema: pa.Schema, image_column: str) -> dict[str, s
         DataError: the new name of a column is taken as well.
     """
     kept = [name for name in input_schema.names if name != image_column]
-    names = {name: f"input_{name}" if name in PREDICTION_COLUMNS else name for name in kept}
+    names = {name: output_name(name) for name in kept}
     if len(set(names.values())) < len(names):
         raise DataError(f"two input columns would share a name in the output: {sorted(names.values())}")
     return names
+
+
+def output_name(name: str) -> str:
+    """Give the name that an input column bears in the output."""
+    return f"input_{name}" if name in PREDICTION_COLUMNS else name
 
 
 def prediction_fields(vocabulary: Vocabulary, kept: KeptScores) -> list[pa.Field]:

@@ -311,7 +311,7 @@ def model_card(job: TrainJob, metrics: dict[str, Any], num_rows: int) -> str:
         f"fusion {job.model.fusion}.",
         f"- Trained on {num_rows:,} rows; epoch {metrics['epoch']} was the best.",
         f"- On {metrics['num_rows']:,} validation rows: sample F1 {metrics['sample_f1']:.3f}, "
-        f"mAP {metrics['map']:.3f}, macro F1 {metrics['macro_f1']:.3f}, at threshold {metrics['threshold']:.2f}, "
+        f"mAP {metrics['map']:.3f}, macro F1 {metrics['macro_f1']:.3f}, at threshold {metrics['threshold']}, "
         "which these same rows chose.",
         "",
         "| label | precision | recall | F1 | AP | rows |",

@@ -191,13 +191,13 @@ class News:
         """Pass batches on, and tell now and then how many have been."""
         for step, batch in enumerate(batches, 1):
             yield batch
-            if self.queue and time.monotonic() - self._told > NEWS_INTERVAL_S:
+            if self.queue is not None and time.monotonic() - self._told > NEWS_INTERVAL_S:
                 self._told = time.monotonic()
                 self.queue.put({"epoch": epoch, "step": step, "num_steps": num_steps})
 
     def tell(self, line: str) -> None:
         """Tell a line."""
-        if self.queue:
+        if self.queue is not None:
             self.queue.put({"line": line})
 
 
