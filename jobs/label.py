@@ -38,7 +38,12 @@ def main(
             dry_run=dry_run,
             progress=True,
         )
-    click.echo(result)
+    if dry_run:
+        click.echo(
+            f"{result.num_rows:,} rows in {result.num_files:,} files, {result.num_shards:,} shards to label"
+        )
+    else:
+        click.echo(f"{result.summary()}; {output_uri}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,9 @@ def main(data_uri: str, val_uri: str, output_uri: str, **settings: Any) -> None:
     Example: train.py --data s3://rows/train --val s3://rows/val --output s3://models/first --epochs 10
     """
     with cluster():
+        from rich.console import Console
+
+        from mmray.evaluate import as_table
         from mmray.training import train_model
 
         result = train_model(
@@ -37,7 +40,9 @@ def main(data_uri: str, val_uri: str, output_uri: str, **settings: Any) -> None:
             make(ComputeConfig, settings),
             progress=True,
         )
-    click.echo(result.metrics)
+        Console().print(as_table(result.metrics))
+    done = "was there already" if result.resumed else f"took {result.seconds:.0f} s"
+    click.echo(f"The bundle {done}: {output_uri}, fingerprint {result.bundle.fingerprint}")
 
 
 if __name__ == "__main__":

@@ -82,11 +82,15 @@ class LabelingResult:
     """Shards that an earlier run had committed."""
     seconds: float
 
-    @property
-    def rows_per_s(self) -> float:
-        """Rows labeled in this run, over its time; earlier runs' rows do not count."""
-        share = 1 - self.num_resumed / max(1, self.num_shards)
-        return self.num_rows * share / max(self.seconds, 1e-9)
+    def summary(self) -> str:
+        """Say it in a line."""
+        statuses = ", ".join(f"{count:,} {status}" for status, count in self.counts.items())
+        resumed = (
+            f", {self.num_resumed:,} of {self.num_shards:,} shards by earlier runs"
+            if self.num_resumed
+            else ""
+        )
+        return f"{self.num_rows:,} rows labeled ({statuses}) in {self.num_files:,} files, {self.seconds:.0f} s{resumed}"
 
 
 def plan_labeling(

@@ -1,0 +1,37 @@
+# make demo | test | check | lock. The first one sets everything up, in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test check format lock clean
+.DELETE_ON_ERROR:
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mmray needs Python 3.11 or later: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint requirements.lock --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python jobs/demo.py --output build/demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check mmray jobs tests
+	$(BIN)/ruff check mmray jobs tests
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format mmray jobs tests
+	$(BIN)/ruff check --fix mmray jobs tests
+
+# Needs uv; every package that any supported Python and platform needs, by version.
+lock:
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --quiet \
+		--custom-compile-command "make lock" --output-file requirements.lock
+
+clean:
+	rm -rf .venv build
