@@ -27,10 +27,8 @@ def main(output_uri: str) -> None:
         console.print(as_table(demo.summary))
         for problem in demo.verification.problems:
             console.print(problem)
-    console.print(f"{demo.labeling.summary()}; verified: {len(demo.verification.problems) or 'no'} problems.")
-    console.print(
-        f"Everything is in {output_uri}: raw/, data/, bundle/, and labeled/ with a file for each of data/archive."
-    )
+    console.print(f"{demo.labeling.summary()}; verified, {len(demo.verification.problems) or 'no'} problems")
+    console.print(f"Everything is in {output_uri}: raw/, data/, bundle/ and labeled/", soft_wrap=True)
     sys.exit(EXIT_BAD_RESULT if demo.verification.problems else 0)
 
 

@@ -1,8 +1,7 @@
 """The whole way on generated data: draw, prepare, train, label, verify, evaluate.
 
-The scenes are drawn so that neither image nor caption tells all. Shapes are seen in the image alone, the
-place is told by the caption alone, and `true` asks for both: the caption names a colour, and the label holds
-when the shapes are of that colour.
+The scenes are drawn so that neither image nor caption tells all: their shapes are seen in the image alone,
+their place is told by the caption alone. Only a model that uses both can label them right.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ from mmray.verify import Verification, verify_dataset
 NUM_ROWS = {"train": 4000, "val": 500, "archive": 3000}
 SIDE_PX = 64
 SHAPES = ("circle", "square", "triangle")
-COLOURS = {"red": (205, 40, 40), "green": (40, 165, 60), "blue": (45, 80, 215)}
+COLOURS = ((205, 40, 40), (40, 165, 60), (45, 80, 215))
 PLACES = ("beach", "city", "forest")
-OPENINGS = ("A drawing from the", "We were at the", "Postcard of a", "Seen today in the")
+OPENINGS = ("A drawing from the", "We were at the", "Postcard of a", "Seen today near the")
 
 MODEL = ModelConfig(
     vision="mobilenetv3_small_050", image_size=SIDE_PX, max_tokens=24, width=128, pretrained=False
 )
 TRAIN = TrainConfig(
-    epochs=8, batch_size_per_worker=64, learning_rate=3e-3, ema_decay=0.99, crop=0.7, colour=0.0
+    epochs=5, batch_size_per_worker=64, learning_rate=3e-3, ema_decay=0.99, crop=0.7, colour=0.0
 )
 
 
@@ -94,22 +93,19 @@ def draw_scenes(folder: Folder, num_rows: int, generator: np.random.Generator) -
 
 def draw_scene(generator: np.random.Generator) -> tuple[bytes, str, list[str]]:
     """Draw one scene: a JPEG, its caption, and its labels."""
-    colour, named = generator.choice(list(COLOURS), 2)
     shapes = [shape for shape in SHAPES if generator.random() < 0.4]
-    place = generator.choice(PLACES)
-    labels = [*shapes, place] + (["true"] if shapes and colour == named else [])
-    caption = f"{generator.choice(OPENINGS)} {place}, all of it {named}."
-    return _draw(shapes, COLOURS[colour], generator), caption, sorted(labels)
+    place = str(generator.choice(PLACES))
+    return _draw(shapes, generator), f"{generator.choice(OPENINGS)} {place}.", sorted([*shapes, place])
 
 
-def _draw(shapes: list[str], colour: tuple[int, int, int], generator: np.random.Generator) -> bytes:
+def _draw(shapes: list[str], generator: np.random.Generator) -> bytes:
     image = Image.new(
         "RGB", (SIDE_PX, SIDE_PX), tuple(int(level) for level in generator.integers(190, 250, 3))
     )
     pen = ImageDraw.Draw(image)
     cells = generator.permutation(4)[: len(shapes)]
     for shape, cell in zip(shapes, cells, strict=True):
-        size = int(generator.integers(18, 28))
+        colour, size = COLOURS[generator.integers(len(COLOURS))], int(generator.integers(18, 28))
         half = SIDE_PX // 2
         left = int(cell % 2 * half + generator.integers(0, half - size))
         top = int(cell // 2 * half + generator.integers(0, half - size))

@@ -84,13 +84,11 @@ class LabelingResult:
 
     def summary(self) -> str:
         """Say it in a line."""
-        statuses = ", ".join(f"{count:,} {status}" for status, count in self.counts.items())
-        resumed = (
-            f", {self.num_resumed:,} of {self.num_shards:,} shards by earlier runs"
-            if self.num_resumed
-            else ""
-        )
-        return f"{self.num_rows:,} rows labeled ({statuses}) in {self.num_files:,} files, {self.seconds:.0f} s{resumed}"
+        rows = ", ".join(f"{count:,} {status}" for status, count in self.counts.items())
+        line = f"{self.num_rows:,} rows labeled ({rows}) in {self.num_files:,} files, {self.seconds:.0f} s"
+        if self.num_resumed:
+            line += f"; {self.num_resumed:,} of {self.num_shards:,} shards were there"
+        return line
 
 
 def plan_labeling(

@@ -62,7 +62,7 @@ class Progress:
         self.done = done
         rate = (done - self._first) / max(time.monotonic() - self._started, 1e-3)
         told = [f"{name} {value}" for name, value in facts.items()]
-        self.facts = ", ".join([*told, f"{rate:,.0f} {self.unit}/s"] if rate else told)
+        self.facts = ", ".join([*told, f"{rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s"] if rate else told)
         if self._bar:
             self._bar.update(self._task, completed=done, facts=self.facts)
         elif time.monotonic() - self._logged >= LOG_INTERVAL_S:
@@ -70,10 +70,8 @@ class Progress:
 
     def print(self, text: str) -> None:
         """Print a line above the bar."""
-        (self._bar.console if self._bar else self.console).print(text)
+        (self._bar.console if self._bar else self.console).print(text, highlight=False, soft_wrap=True)
 
     def _log(self) -> None:
         self._logged = time.monotonic()
-        self.console.print(
-            f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {self.facts}", highlight=False
-        )
+        self.print(f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {self.facts}")
