@@ -92,15 +92,15 @@ def train_model(
     started = time.monotonic()
     output = Folder(output_uri)
     rows, val = Rows.find(data_uri, columns), Rows.find(val_uri, columns)
+    workers = TrainWorkers.on_cluster(compute)
+    if rows.num_rows < workers.scaling.maximum:
+        raise DataError(f"{data_uri}: {rows.num_rows} rows for {workers.scaling.maximum} workers; use fewer")
     if claim(output, recipe_of(rows, val, model, train)):
         bundle = Bundle.load(output_uri)
         return TrainingResult(bundle, output.read_json("metrics.json"), time.monotonic() - started, True)
     start = prepare_start(output, rows, val, model)
     sizes = build_model(model, len(start.vocabulary), start.text_config).num_bytes()
     log.info("model: %s", ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items()))
-    workers = TrainWorkers.on_cluster(compute)
-    if rows.num_rows < workers.scaling.maximum:
-        raise DataError(f"{data_uri}: {rows.num_rows} rows for {workers.scaling.maximum} workers; use fewer")
     with told(progress) as news:
         job = TrainJob(model, train, start, rows.num_rows, workers.num_threads, news)
         best = fit(job, rows, val, output, workers)

@@ -1,4 +1,4 @@
-"""Fixtures that several folders of tests use: one Ray cluster for the session, the real data when it is there."""
+"""Fixtures that several folders of tests use: one Ray cluster for the session, and the real data."""
 
 import logging
 import os

@@ -1,0 +1,174 @@
+"""Training with real Ray Train workers: exact validation, uneven shards, kills, refusals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmray.bundle import Bundle
+from mmray.config import Columns, ComputeConfig, ModelConfig, TrainConfig
+from mmray.datasets import Rows
+from mmray.demo import draw_scene
+from mmray.errors import ConfigError, DataError, OutputError
+from mmray.evaluate import evaluate_model
+from mmray.storage import Folder
+from mmray.training import train_model
+
+JOBS = Path(__file__).parents[2] / "jobs"
+MODEL = ModelConfig(vision="test_efficientnet", image_size=32, max_tokens=16, width=32, pretrained=False)
+TRAIN = TrainConfig(epochs=1, batch_size_per_worker=16, learning_rate=3e-3, warmup_epochs=0.2)
+
+
+def write_scenes(folder: Path, num_rows: int, seed: int, *, spoil: bool = False) -> Path:
+    """Write drawn scenes as two files of uneven row groups; some rows spoilt in every way."""
+    generator = np.random.default_rng(seed)
+    images, captions, labels = map(list, zip(*(draw_scene(generator) for _ in range(num_rows)), strict=True))
+    if spoil:
+        images[3], images[5], captions[7] = b"no image", None, None
+        images[9], captions[9] = None, ""
+        labels[11] = None
+    table = pa.table(
+        {
+            "image_id": [f"{seed}-{row}" for row in range(num_rows)],
+            "image": pa.array(images, pa.binary()),
+            "caption": captions,
+            "labels": pa.array(labels, pa.list_(pa.string())),
+        }
+    )
+    folder.mkdir(parents=True)
+    cut = num_rows // 3
+    pq.write_table(table.slice(0, cut), folder / "a.parquet", row_group_size=5)
+    pq.write_table(table.slice(cut), folder / "b.parquet", row_group_size=17)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("scenes")
+    return {
+        "train": str(write_scenes(folder / "train", 101, 0, spoil=True)),
+        "val": str(write_scenes(folder / "val", 43, 1, spoil=True)),
+    }
+
+
+@pytest.mark.usefixtures("cluster")
+def test_two_workers_on_uneven_rows_measure_what_one_process_measures(scenes, tmp_path):
+    compute = ComputeConfig(num_workers="2", use_gpu=False)
+    result = train_model(scenes["train"], scenes["val"], str(tmp_path), MODEL, TRAIN, compute=compute)
+    alone = evaluate_model(scenes["val"], str(tmp_path), compute=ComputeConfig(use_gpu=False))
+    assert alone["num_rows"] == 43
+    for name in ("num_rows", "sample_f1", "micro_f1", "macro_f1", "map", "empty_rate", "fallback_rate"):
+        assert result.metrics[name] == pytest.approx(alone[name], abs=1e-6), name
+    assert result.metrics["by_label"].keys() == alone["by_label"].keys()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_each_epoch_reads_every_row_once_in_another_order(scenes):
+    rows = Rows.find(scenes["train"], Columns())
+    stream = rows.dataset(["caption", "labels"], seed=7).streaming_split(1)[0]
+    epochs = [[batch["draw"][0] for batch in stream.iter_batches(batch_size=None)] for _ in range(2)]
+    assert epochs[0] != epochs[1]
+    captions = [
+        sorted(str(caption) for batch in stream.iter_batches(batch_size=10) for caption in batch["caption"])
+        for _ in range(2)
+    ]
+    assert captions[0] == captions[1]
+    assert len(captions[0]) == 101
+
+
+@pytest.mark.usefixtures("cluster")
+def test_labels_that_only_validation_has_are_refused(scenes, tmp_path):
+    table = pq.read_table(scenes["val"])
+    table = table.set_column(3, "labels", pa.array([["unseen"]] * table.num_rows))
+    (tmp_path / "val").mkdir()
+    pq.write_table(table, tmp_path / "val" / "a.parquet")
+    with pytest.raises(DataError, match="unseen"):
+        train_model(scenes["train"], str(tmp_path / "val"), str(tmp_path / "out"), MODEL, TRAIN)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_fewer_rows_than_workers_are_refused(scenes, tmp_path):
+    few = tmp_path / "few"
+    few.mkdir()
+    pq.write_table(pq.read_table(scenes["train"]).slice(0, 2), few / "a.parquet")
+    with pytest.raises(DataError, match="2 rows for 3 workers"):
+        train_model(
+            str(few),
+            scenes["val"],
+            str(tmp_path / "out"),
+            MODEL,
+            TRAIN,
+            compute=ComputeConfig("3", use_gpu=False),
+        )
+
+
+@pytest.mark.usefixtures("cluster")
+def test_gpus_that_are_not_there_are_refused(scenes, tmp_path):
+    import ray
+
+    if ray.cluster_resources().get("GPU"):
+        pytest.skip("this cluster has a GPU")
+    with pytest.raises(ConfigError, match="--use-gpu"):
+        train_model(
+            scenes["train"], scenes["val"], str(tmp_path), MODEL, TRAIN, compute=ComputeConfig(use_gpu=True)
+        )
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_and_a_finished_one_does_nothing(scenes, tmp_path):
+    command = [
+        *(sys.executable, str(JOBS / "train.py"), "--data", scenes["train"], "--val", scenes["val"]),
+        *("--output", str(tmp_path / "out"), "--vision", "test_efficientnet", "--image-size", "32"),
+        *(
+            "--max-tokens",
+            "16",
+            "--width",
+            "32",
+            "--no-pretrained",
+            "--no-gpu",
+            "--epochs",
+            "3",
+            "--patience",
+            "9",
+        ),
+    ]
+    first = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    run = tmp_path / "out" / "_train" / "run"
+    deadline = time.monotonic() + 180
+    while not list(run.glob("checkpoint_*/progress.json")):
+        assert first.poll() is None, "the first run ended before its first checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    assert not (tmp_path / "out" / "config.json").exists()
+
+    second = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert "epoch 3:" in second.stderr
+    assert "epoch 1:" not in second.stderr
+    bundle = Bundle.load(str(tmp_path / "out"))
+
+    third = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "was there already" in third.stdout
+    assert bundle.fingerprint in third.stdout
+    assert "epoch" not in third.stderr
+
+    other = subprocess.run([*command, "--learning-rate", "0.5"], capture_output=True, text=True, timeout=120)
+    assert other.returncode == 2
+    assert "learning_rate: 0.001 -> 0.5" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_bundle_of_unknown_origin_is_not_overwritten(scenes, tmp_path):
+    Folder(str(tmp_path)).publish_json("config.json", {})
+    with pytest.raises(OutputError, match="unknown origin"):
+        train_model(scenes["train"], scenes["val"], str(tmp_path), MODEL, TRAIN)
