@@ -19,7 +19,10 @@ val_fraction = click.option("--val-fraction", type=float, default=0.0, metavar="
 
 @click.group(context_settings={"max_content_width": 110})
 def main() -> None:
-    """Turn a raw layout into the canonical Parquet dataset. A URI is a local path or s3://bucket/prefix."""
+    """Turn a raw layout into the canonical Parquet dataset. A URI is a local path or s3://bucket/prefix.
+
+    Example: prepare.py kaggle --csv train.csv --images s3://raw/images --output s3://rows --val-fraction 0.1
+    """
 
 
 @job("kaggle")

@@ -74,22 +74,20 @@ class Bundle:
                     f"{uri}: schema version {config['schema_version']}, this mmray reads {SCHEMA_VERSION}"
                 )
             labels = _checked(folder, "labels.json", {"labels"})["labels"]
-            thresholds = _checked(folder, "thresholds.json", {"thresholds"})["thresholds"]
+            thresholds = np.array(_checked(folder, "thresholds.json", {"thresholds"})["thresholds"], float)
             names = [name for name in config["sums"] if name.startswith("tokenizer/")]
             files = {name.removeprefix("tokenizer/"): folder.read(name) for name in names}
             vocabulary = Vocabulary(tuple(labels))
             model_config = from_json(ModelConfig, config["model"], f"{uri}/config.json")
-        except (FileNotFoundError, KeyError, DataError, ConfigError) as error:
+            weights = config["sums"]["model.safetensors"]
+        except (FileNotFoundError, KeyError, TypeError, ValueError, DataError, ConfigError) as error:
             raise BundleError(f"{uri} is no complete bundle: {error}; train.py makes one") from None
         for name, data in files.items():
             if hashlib.sha256(data).hexdigest() != config["sums"][f"tokenizer/{name}"]:
                 raise BundleError(f"{uri}/tokenizer/{name} is damaged: its sum is not the one in config.json")
-        if len(thresholds) != len(vocabulary):
-            raise BundleError(f"{uri}: {len(thresholds)} thresholds for {len(vocabulary)} labels")
-        weights = config["sums"]["model.safetensors"]
-        return cls(
-            model_config, config["text_config"], vocabulary, np.array(thresholds), files, weights, folder
-        )
+        if thresholds.shape != (len(vocabulary),):
+            raise BundleError(f"{uri}: {thresholds.size} thresholds for {len(vocabulary)} labels")
+        return cls(model_config, config["text_config"], vocabulary, thresholds, files, weights, folder)
 
     def model(self) -> MultimodalModel:
         """Build the model with its weights, on the CPU, ready to label.
@@ -101,7 +99,12 @@ class Bundle:
 
         from mmray.model import build_model
 
-        data = self.folder.read("model.safetensors")
+        try:
+            data = self.folder.read("model.safetensors")
+        except FileNotFoundError:
+            raise BundleError(
+                f"{self.folder} is no complete bundle: model.safetensors is missing; train.py makes one"
+            ) from None
         if hashlib.sha256(data).hexdigest() != self.weights_sha256:
             raise BundleError(
                 f"{self.folder}/model.safetensors is damaged: its sum is not the one in config.json"

@@ -51,9 +51,10 @@ class Workers:
         Raises:
             ConfigError: neither, or not 1 <= MIN <= MAX.
         """
-        low, _, high = str(text).partition(":")
-        if low.isdigit() and (high.isdigit() or not high):
-            workers = cls(int(low), int(high or low))
+        low, colon, high = str(text).partition(":")
+        high = high if colon else low
+        if low.isdecimal() and high.isdecimal():
+            workers = cls(int(low), int(high))
             if 1 <= workers.minimum <= workers.maximum:
                 return workers
         raise ConfigError(f"--num-workers {text!r} is neither N nor MIN:MAX with 1 <= MIN <= MAX")
@@ -84,6 +85,7 @@ class ModelConfig:
         require_choice("--fusion", self.fusion, FUSIONS)
         require_range("--image-size", self.image_size, 16, 4096)
         require_range("--max-tokens", self.max_tokens, 4, 512)
+        require_range("--width", self.width, 1, 65_536)
         require_range("--dropout", self.dropout, 0, 0.95)
         if self.num_heads < 1 or self.width % self.num_heads:
             raise ConfigError(f"--width {self.width} cannot be shared by --num-heads {self.num_heads}")
@@ -115,6 +117,9 @@ class TrainConfig:
         require_range("--epochs", self.epochs, 1, 10_000)
         require_range("--batch-size-per-worker", self.batch_size_per_worker, 1, 65_536)
         require_range("--learning-rate", self.learning_rate, 1e-8, 10)
+        require_range("--weight-decay", self.weight_decay, 0, 10)
+        require_range("--warmup-epochs", self.warmup_epochs, 0, 10_000)
+        require_range("--seed", self.seed, 0, 2**32 - 1)
         require_range("--ema-decay", self.ema_decay, 0, 0.999_999)
         require_range("--patience", self.patience, 1, 10_000)
         require_range("--crop", self.crop, 0.05, 1)

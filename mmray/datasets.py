@@ -123,12 +123,15 @@ def read_footer(folder: Folder, path: str, size_bytes: int) -> tuple[pq.FileMeta
             raise DataError(f"{folder}/{path}: no Parquet footer; the file is damaged or of another format")
         if length > len(tail):
             tail = folder.tail(path, size_bytes, length)
-        footer = tail[-length:]
-        return pq.read_metadata(pa.BufferReader(b"PAR1" + footer)), hashlib.sha256(footer).hexdigest()
     except FileNotFoundError:
         raise DataError(f"{folder}/{path}: the file is gone") from None
-    except pa.ArrowException as error:
-        raise DataError(f"{folder}/{path}: the Parquet footer is damaged ({error})") from None
+    footer = tail[-length:]
+    try:
+        metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
+    except (pa.ArrowException, OSError) as error:  # Thrift's complaints come as OSError
+        reason = " ".join(str(error).split())
+        raise DataError(f"{folder}/{path}: the Parquet footer is damaged ({reason})") from None
+    return metadata, hashlib.sha256(footer).hexdigest()
 
 
 def cut_shards(row_groups: Sequence[tuple[int, int]]) -> tuple[Unit, ...]:

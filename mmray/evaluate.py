@@ -19,7 +19,7 @@ from mmray.config import Columns, ComputeConfig, LabelConfig, ScoringConfig, mak
 from mmray.datasets import DataFile, Rows, read_footer, read_units
 from mmray.decisions import decide
 from mmray.errors import DataError, OutputError
-from mmray.labeling import Pool, one_block_per_task, score_shards, unpack
+from mmray.labeling import Pool, score_shards, small_blocks, unpack
 from mmray.metrics import Counts
 from mmray.schema import Vocabulary, output_name, require_columns
 from mmray.shards import Plan, Work
@@ -98,7 +98,7 @@ def evaluate_model(
         for _, _, labeled in unpack(packed):
             yield _vector(rule.count(labeled[output_name(columns.labels)], labeled))
 
-    with one_block_per_task():
+    with small_blocks():
         scored = score_shards(rows.folder, work, bundle, columns, config, pool)
         counts = scored.map_batches(count, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
         return rule.summary(_vectors(counts))

@@ -91,9 +91,10 @@ def decode_image(data: bytes, size_px: int, view: View | None = None) -> np.ndar
                 raise DataError(
                     f"image of {image.width}x{image.height} pixels is above the limit of {MAX_PIXELS}"
                 )
-            turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
             box = view.box if view else (0.0, 0.0, 1.0, 1.0)
             square = _squeeze(image, size_px, box)
+            # Asked once the pixels are there: Pillow turns a TIFF itself as it loads, and drops the tag.
+            turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
     except DataError:
         raise
     except Exception as error:  # Pillow's readers raise whatever the damage makes them stumble over

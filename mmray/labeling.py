@@ -69,6 +69,9 @@ log = logging.getLogger(__name__)
 READ_TASK_ROWS = 1000
 """Small files are read together, up to about this many rows a task."""
 
+BLOCK_BYTES = 8 << 20
+"""Shards share a block up to this size. Ray cuts blocks between rows, and a row is a shard: none is torn."""
+
 
 @dataclass(frozen=True)
 class LabelingResult:
@@ -202,7 +205,7 @@ def label_dataset(
     ledger = ray.remote(num_cpus=0)(Ledger).remote(plan.num_rows, config.max_failed_fraction)
     committer = Committer(output, plan.fingerprint)
     if work.pending:
-        with one_block_per_task(), watched(ledger, work if progress else None):
+        with small_blocks(), watched(ledger, work if progress else None):
             score_shards(folder, work, bundle, columns, config, pool).write_datasink(
                 ShardSink(committer, ledger), ray_remote_args={"num_cpus": 0.25}
             )
@@ -461,11 +464,11 @@ def versions() -> dict[str, str]:
 
 
 @contextmanager
-def one_block_per_task() -> Iterator[None]:
-    """Keep a read task's shards together for as long as they are under way, and Ray's own bars quiet."""
+def small_blocks() -> Iterator[None]:
+    """Let blocks be small: tiny shards share one, a large shard has its own and moves on once it is read."""
     context = DataContext.get_current()
     before = context.target_max_block_size
-    context.target_max_block_size = None
+    context.target_max_block_size = BLOCK_BYTES
     try:
         yield
     finally:

@@ -97,7 +97,7 @@ class Learner:
     def rate(self) -> float:
         """Give the learning rate of the next step: linear warm-up, then a cosine to zero."""
         if self.num_steps < self.warmup_steps:
-            return self.peak_rate * (self.num_steps + 1) / self.warmup_steps
+            return self.peak_rate * min(1.0, (self.num_steps + 1) / self.warmup_steps)
         share = (self.num_steps - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         return self.peak_rate * (1 + math.cos(math.pi * min(1.0, share))) / 2
 

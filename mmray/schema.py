@@ -86,12 +86,17 @@ class Vocabulary:
             targets: uint8 (B, L).
 
         Raises:
-            DataError: a label that is not in the vocabulary.
+            DataError: a label that is not in the vocabulary, or no list of labels of its type.
         """
         if isinstance(rows, pa.ChunkedArray):
             rows = rows.combine_chunks()
-        rows = rows.fill_null([])
-        flat = rows.flatten().cast(self.arrow_type)
+        try:
+            rows = rows.fill_null([])
+            flat = rows.flatten().cast(self.arrow_type)
+        except pa.ArrowException as error:
+            raise DataError(
+                f"labels of type {rows.type} are no lists of {self.arrow_type}: {error}"
+            ) from None
         index = pc.index_in(flat, value_set=pa.array(self.labels, self.arrow_type))
         if index.null_count:
             unknown = flat.filter(index.is_null()).unique().to_pylist()[:5]
@@ -133,7 +138,7 @@ class KeptScores:
         if text in ("all", "none"):
             return cls(None if text == "all" else 0)
         kind, _, number = text.partition("-")
-        if kind != "top" or not number.isdigit() or int(number) < 1:
+        if kind != "top" or not number.isdecimal() or int(number) < 1:
             raise ConfigError(f"--scores {text!r} is neither 'all', 'none' nor 'top-K', such as 'top-5'")
         return cls(int(number))
 

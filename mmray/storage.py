@@ -9,11 +9,12 @@ opens the folder; a `Folder` holds and pickles its URI alone.
 from __future__ import annotations
 
 import functools
+import glob
 import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -49,7 +50,7 @@ class Folder:
             object.__setattr__(self, "uri", str(path.absolute()))
             return
         parts = urlsplit(self.uri)
-        if "@" in parts.netloc:
+        if "@" in parts.netloc or (":" in parts.netloc and "@" in parts.path):  # a secret may hold a slash
             raise ConfigError("a URI with credentials in it; give them through the environment instead")
         if not parts.netloc:
             raise ConfigError(f"{self.uri!r} names no bucket; write {parts.scheme}://bucket/prefix")
@@ -143,7 +144,8 @@ class Folder:
         with translated(self.uri):
             if not self.is_local:
                 if targets:
-                    self.filesystem.rm(targets)
+                    with suppress(FileNotFoundError):
+                        self.filesystem.rm([glob.escape(target) for target in targets])  # `rm` takes patterns
                 return
             for target in targets:
                 Path(target).unlink(missing_ok=True)
@@ -224,10 +226,9 @@ def _filesystem(scheme: str) -> fsspec.AbstractFileSystem:
 
 def _publish_locally(target: str, data: bytes | Path) -> None:
     folder, name = os.path.split(target)
-    os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with _create(temporary) as file:
             if isinstance(data, Path):
                 with open(data, "rb") as source:
                     while part := source.read(1 << 20):
@@ -240,6 +241,17 @@ def _publish_locally(target: str, data: bytes | Path) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _create(path: str) -> BinaryIO:
+    """Create a file and its folders; again where somebody's `_prune` removes one of these in between."""
+    folder = os.path.dirname(path)
+    for _ in range(100):
+        with suppress(FileNotFoundError, FileExistsError):
+            os.makedirs(folder, exist_ok=True)
+            return open(path, "wb")
+    os.makedirs(folder, exist_ok=True)
+    return open(path, "wb")
 
 
 def _prune(folder: Path, root: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 
+from mmray.config import differences
 from mmray.datasets import DataFile, find_files, read_footer, read_units
 from mmray.errors import DataError, OutputError
 from mmray.schema import (
@@ -23,7 +25,7 @@ from mmray.schema import (
     passthrough_names,
     prediction_fields,
 )
-from mmray.shards import MANIFEST, SUCCESS, Plan
+from mmray.shards import MANIFEST, SCHEMA_VERSION, SUCCESS, FileRecord, Plan
 from mmray.storage import Folder, visible
 
 
@@ -45,16 +47,17 @@ class Expected:
     vocabulary: Vocabulary
     kept: KeptScores
     bundle: str
-    sha256: dict[str, str]
+    listed: dict[str, dict[str, Any]]
+    """What the manifest says of each file."""
 
     @classmethod
     def of(cls, plan: Plan, manifest: dict[str, Any]) -> Expected:
-        """Take it from the settings of a plan, and the sums of a manifest."""
+        """Take it from the settings of a plan, and the files of a manifest."""
         settings = plan.settings
-        sums = {file["path"]: file["sha256"] for file in manifest["files"]}
+        listed = {file["path"]: file for file in manifest["files"]}
         vocabulary = Vocabulary(tuple(settings["labels"]))
         kept = KeptScores.parse(settings["scores"])
-        return cls(settings["columns"]["image"], vocabulary, kept, settings["bundle"], sums)
+        return cls(settings["columns"]["image"], vocabulary, kept, settings["bundle"], listed)
 
 
 def verify_dataset(input_uri: str, output_uri: str) -> Verification:
@@ -100,27 +103,36 @@ def _compare_lists(
     if plan.settings["limit"] is None:
         for path in sorted(set(files) - set(planned)):
             yield f"{path}: came to the input after the plan; label.py --extend labels it"
-    if manifest["fingerprint"] != plan.fingerprint:
-        yield f"{MANIFEST}: of fingerprint {manifest['fingerprint']}, the plan of {plan.fingerprint}"
-    listed = {file["path"]: file["num_rows"] for file in manifest["files"]}
-    for path in sorted(set(planned) ^ set(listed)):
+    for path in sorted(set(planned) ^ {file["path"] for file in manifest["files"]}):
         yield f"{path}: stands in only one of the plan and {MANIFEST}"
-    for path in sorted(set(planned) & set(listed)):
-        if planned[path].num_rows != listed[path]:
-            yield f"{path}: planned with {planned[path].num_rows} rows, {listed[path]} in {MANIFEST}"
+    totals = sum((Counter(file["counts"]) for file in manifest["files"]), Counter[str]())
+    wanted = {
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": plan.fingerprint,
+        "settings": plan.settings,
+        "num_rows": plan.num_rows,
+        "counts": dict(totals),
+    }
+    for difference in differences(wanted, {name: manifest.get(name) for name in wanted}):
+        yield f"{MANIFEST}: other than the plan and the files say: {difference}"
 
 
 def check_file(source: Folder, output: Folder, file: DataFile, expected: Expected) -> Iterator[str]:
     """Check one labeled file; yields its problems."""
-    data = output.read(file.path)
-    if hashlib.sha256(data).hexdigest() != expected.sha256.get(file.path):
+    data, listed = output.read(file.path), expected.listed.get(file.path, {})
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 != listed.get("sha256"):
         yield f"{file.path}: its bytes are not those of the manifest"
     try:
         labeled = pq.read_table(pa.BufferReader(data))
+    except (pa.ArrowException, OSError) as error:  # a damaged page comes as OSError
+        yield f"{file.path}: cannot be read ({' '.join(str(error).split())})"
+        return
+    try:
         metadata, _ = read_footer(source, file.path, file.size_bytes)
         schema = metadata.schema.to_arrow_schema()
     except (pa.ArrowException, DataError) as error:
-        yield f"{file.path}: cannot be read ({' '.join(str(error).split())})"
+        yield f"{file.path}: its input cannot be read ({' '.join(str(error).split())})"
         return
     wanted = output_schema(
         schema, expected.image_column, prediction_fields(expected.vocabulary, expected.kept)
@@ -131,6 +143,11 @@ def check_file(source: Folder, output: Folder, file: DataFile, expected: Expecte
         return
     if labeled.num_rows != file.num_rows:
         yield f"{file.path}: {labeled.num_rows} rows, the plan has {file.num_rows}"
+    if sha256 == listed.get("sha256"):
+        counts = dict(Counter(labeled["status"].to_pylist()))
+        record = FileRecord(file.path, labeled.num_rows, counts, len(data), sha256)
+        for difference in differences(record._asdict(), listed):
+            yield f"{file.path}: {MANIFEST} says otherwise: {difference}"
     yield from _compare_rows(source, file, labeled, passthrough_names(schema, expected.image_column))
     yield from _check_predictions(file.path, labeled, expected)
 

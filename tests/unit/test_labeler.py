@@ -1,0 +1,212 @@
+"""Labels of encoded images and captions: statuses, errors, neighbours, decisions."""
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmray.bundle import save_bundle, tokenizer_files
+from mmray.captions import train_tokenizer
+from mmray.config import FUSIONS, ModelConfig
+from mmray.decisions import decide
+from mmray.errors import BundleError, ConfigError
+from mmray.images import decode_image
+from mmray.labeler import Labeler, make_inputs
+from mmray.model import build_model, describe_encoder
+from mmray.schema import Status, Vocabulary
+from mmray.storage import Folder
+
+SIZE_PX = 32
+CAPTIONS = [
+    "a dog on the grass",
+    "a cat on a red car",
+    "the bus waits",
+    "two dogs and a cat on a long red bus",
+]
+LABELS = ("bus", "cat", "dog", "person")
+OK, NO_CAPTION, NO_IMAGE, BAD_IMAGE, FAILED = Status
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def image(seed):
+    """Give an encoded image that no other seed gives."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((40, 30)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+IMAGES = [image(seed) for seed in range(4)]
+TEXT = b"<html>404 not found</html>"
+
+
+@pytest.fixture(scope="module")
+def labelers(tmp_path_factory):
+    """Give one tiny labeler for each fusion."""
+    tokenizer = train_tokenizer(CAPTIONS * 2)
+    made = {}
+    for fusion in FUSIONS:
+        torch.manual_seed(0)
+        config = ModelConfig(
+            vision="test_efficientnet",
+            fusion=fusion,
+            image_size=SIZE_PX,
+            max_tokens=12,
+            width=16,
+            num_heads=2,
+            pretrained=False,
+        )
+        text_config = describe_encoder(config, len(tokenizer))
+        bundle = save_bundle(
+            Folder(str(tmp_path_factory.mktemp(fusion))),
+            model_config=config,
+            text_config=text_config,
+            vocabulary=Vocabulary(LABELS),
+            thresholds=np.full(len(LABELS), 0.5),
+            tokenizer_files=tokenizer_files(tokenizer),
+            weights=build_model(config, len(LABELS), text_config).state_dict(),
+            metrics={},
+            card="",
+        )
+        made[fusion] = Labeler(bundle, batch_size=3, device="cpu", num_threads=2)
+    return made
+
+
+def like(labeler, **changes):
+    """Give a labeler of the same bundle with other settings."""
+    settings = {"bundle": labeler.bundle, "device": "cpu", "num_threads": 1} | changes
+    return Labeler(settings.pop("bundle"), **settings)
+
+
+ROWS = {  # (image, caption) -> status for image alone, text alone, both; and what the errors say for both
+    "both": (IMAGES[0], "a dog", OK, OK, OK, []),
+    "null caption": (IMAGES[0], None, OK, FAILED, NO_CAPTION, ["caption is null"]),
+    "empty caption": (IMAGES[0], "", OK, FAILED, NO_CAPTION, ["caption is empty"]),
+    "blank caption": (IMAGES[0], " \t\n", OK, FAILED, NO_CAPTION, ["caption is empty"]),
+    "null image": (None, "a dog", FAILED, OK, NO_IMAGE, ["image is null"]),
+    "text for an image": (TEXT, "a dog", FAILED, OK, BAD_IMAGE, ["not an image"]),
+    "half an image": (IMAGES[0][:200], "a dog", FAILED, OK, BAD_IMAGE, ["cannot be decoded"]),
+    "image of no bytes": (b"", "a dog", FAILED, OK, BAD_IMAGE, ["no bytes"]),
+    "nothing": (None, None, FAILED, FAILED, FAILED, ["image is null", "caption is null"]),
+    "bad image, no caption": (TEXT, "", FAILED, FAILED, FAILED, ["not an image", "caption is empty"]),
+}
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_status_says_what_a_row_was_labeled_from(labelers, fusion):
+    labeled = labelers[fusion]([row[0] for row in ROWS.values()], [row[1] for row in ROWS.values()])
+    column = {"image": 2, "text": 3}.get(fusion, 4)
+    expected = {name: row[column] for name, row in ROWS.items()}
+    assert dict(zip(ROWS, labeled.statuses, strict=True)) == expected
+    assert labeled.valid.tolist() == [status != FAILED for status in expected.values()]
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_an_error_says_why_and_only_where_something_is_wrong(labelers, fusion):
+    labeled = labelers[fusion]([row[0] for row in ROWS.values()], [row[1] for row in ROWS.values()])
+    for status, error, row in zip(labeled.statuses, labeled.errors, ROWS.values(), strict=True):
+        assert (error is None) == (status is OK)
+        reasons = [part for part in row[5] if fusion not in ("image", "text") or part.startswith(fusion)]
+        assert all(part in (error or "") for part in reasons)
+        assert "\n" not in (error or "")
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_failed_row_has_no_labels_and_scores_of_zero(labelers, fusion):
+    labeled = labelers[fusion]([IMAGES[0], None, TEXT], ["a dog", None, ""])
+    assert labeled.statuses == [OK, FAILED, FAILED]
+    assert not labeled.scores[1:].any() and not labeled.decided[1:].any() and not labeled.fell_back[1:].any()
+    assert labeled.scores[0].all() and labeled.decided[0].any()
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_neither_batch_size_nor_neighbours_change_a_rows_scores(labelers, fusion):
+    images = [*IMAGES, None, TEXT, IMAGES[1], None, IMAGES[2]]
+    captions = [*CAPTIONS, "a dog", "a cat", None, None, ""]
+    whole = labelers[fusion](images, captions)
+    assert np.unique(whole.scores[:4], axis=0).shape[0] == 4
+    for batch_size in (1, 2, 64):
+        other = like(labelers[fusion], batch_size=batch_size)(images, captions)
+        assert np.allclose(other.scores, whole.scores, atol=1e-5)
+        assert (other.statuses, other.errors) == (whole.statuses, whole.errors)
+    backwards = labelers[fusion](images[::-1], captions[::-1])
+    assert np.allclose(backwards.scores[::-1], whole.scores, atol=1e-5)
+    assert backwards.statuses[::-1] == whole.statuses
+
+
+@pytest.mark.parametrize("fusion", ["image", "text", "cross-attention"])
+def test_a_bad_row_does_not_disturb_its_neighbours(labelers, fusion):
+    good = labelers[fusion](IMAGES[:2], CAPTIONS[:2])
+    mixed = labelers[fusion]([IMAGES[0], TEXT, None, IMAGES[1]], [CAPTIONS[0], None, "", CAPTIONS[1]])
+    assert np.allclose(mixed.scores[[0, 3]], good.scores, atol=1e-5)
+    assert [mixed.statuses[0], mixed.statuses[3]] == good.statuses == [OK, OK]
+
+
+def test_scores_are_those_of_the_model(labelers):
+    labeler = labelers["image"]
+    pixels = [decode_image(data, SIZE_PX) for data in IMAGES]
+    ids = np.ones((4, 2), np.int64)
+    with torch.inference_mode():
+        logits = labeler.model(make_inputs(pixels, ids, ids, has_caption=[False] * 4, size_px=SIZE_PX))
+    labeled = labeler(IMAGES, CAPTIONS)
+    assert labeled.scores.dtype == np.float32
+    assert np.allclose(labeled.scores, logits.sigmoid().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_no_rows_give_no_labels(labelers, fusion):
+    labeled = labelers[fusion]([], [])
+    assert labeled.scores.shape == labeled.decided.shape == (0, len(LABELS))
+    assert labeled.scores.dtype == np.float32 and labeled.decided.dtype == labeled.fell_back.dtype == bool
+    assert (labeled.statuses, labeled.errors, labeled.valid.tolist()) == ([], [], [])
+
+
+def with_thresholds(labeler, thresholds):
+    bundle = replace(labeler.bundle, thresholds=np.array(thresholds))
+    return like(labeler, bundle=bundle)
+
+
+def test_a_label_is_decided_where_its_score_reaches_its_threshold(labelers):
+    scores = labelers["concat"](IMAGES, CAPTIONS).scores
+    thresholds = np.median(scores, axis=0).astype(np.float64)
+    labeled = with_thresholds(labelers["concat"], thresholds)(IMAGES, CAPTIONS)
+    reached = scores >= thresholds.astype(np.float32)
+    decided_otherwise = (labeled.decided != reached).any(1)
+    assert reached.any() and (decided_otherwise == labeled.fell_back).all()
+    assert (labeled.decided == decide(scores, thresholds)[0]).all()
+
+
+def test_a_row_that_reaches_no_threshold_gets_its_top_label(labelers):
+    labeled = with_thresholds(labelers["concat"], [1.0] * len(LABELS))(IMAGES, CAPTIONS)
+    assert labeled.fell_back.all() and (labeled.decided.sum(1) == 1).all()
+    assert (labeled.decided.argmax(1) == labeled.scores.argmax(1)).all()
+
+
+def test_half_precision_gives_nearly_the_same_scores(labelers):
+    labeler = labelers["cross-attention"]
+    half = like(labeler, precision="bf16")(IMAGES, CAPTIONS)
+    assert half.scores.dtype == np.float32
+    assert np.allclose(half.scores, labeler(IMAGES, CAPTIONS).scores, atol=0.03)
+
+
+def test_an_unknown_precision_is_refused_by_name(labelers):
+    with pytest.raises(ConfigError, match="int4"):
+        like(labelers["text"], precision="int4")
+
+
+def test_a_labeler_loads_from_the_bundles_path(labelers, tmp_path):
+    labeler = labelers["logits"]
+    loaded = Labeler.load(labeler.bundle.folder.uri, device="cpu", batch_size=2)
+    assert np.allclose(loaded(IMAGES, CAPTIONS).scores, labeler(IMAGES, CAPTIONS).scores, atol=1e-5)
+    with pytest.raises(BundleError, match="no complete bundle"):
+        Labeler.load(str(tmp_path))
