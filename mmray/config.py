@@ -108,6 +108,7 @@ class TrainConfig:
     loss: str = option("weighted-bce", "Training loss.", choices=LOSSES)
     crop: float = option(0.5, "Least share of the area that a random crop keeps; 1 is off.")
     colour: float = option(0.2, "Largest change of brightness, contrast and saturation; 0 is off.")
+    word_dropout: float = option(0.1, "Share of the captions' tokens that are masked.")
     modality_dropout: float = option(0.1, "Share of rows that lose their image, and as many their caption.")
     seed: int = option(0, "Seed of shuffling, augmentation and initial weights.")
 
@@ -124,6 +125,7 @@ class TrainConfig:
         require_range("--patience", self.patience, 1, 10_000)
         require_range("--crop", self.crop, 0.05, 1)
         require_range("--colour", self.colour, 0, 1)
+        require_range("--word-dropout", self.word_dropout, 0, 0.9)
         require_range("--modality-dropout", self.modality_dropout, 0, 0.5)
         require_range("--clip-norm", self.clip_norm, 1e-6, 1e6)
 

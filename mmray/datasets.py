@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -97,11 +98,12 @@ def describe_files(
     def describe(item: tuple[str, int]) -> tuple[DataFile, pa.Schema]:
         path, size = item
         metadata, sha256 = read_footer(folder, path, size)
-        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-        sizes = [(group.num_rows, _column_bytes(group, image_column)) for group in groups]
+        with _parsing(f"{folder}/{path}"):
+            groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+            sizes = [(group.num_rows, _column_bytes(group, image_column)) for group in groups]
+            schema = metadata.schema.to_arrow_schema()
         total = sum(size for _, size in sizes)
-        file = DataFile(path, size, metadata.num_rows, sha256, total, cut_shards(sizes))
-        return file, metadata.schema.to_arrow_schema()
+        return DataFile(path, size, metadata.num_rows, sha256, total, cut_shards(sizes)), schema
 
     with ThreadPoolExecutor(32) as threads:
         return list(threads.map(describe, files.items()))
@@ -126,12 +128,18 @@ def read_footer(folder: Folder, path: str, size_bytes: int) -> tuple[pq.FileMeta
     except FileNotFoundError:
         raise DataError(f"{folder}/{path}: the file is gone") from None
     footer = tail[-length:]
-    try:
+    with _parsing(f"{folder}/{path}"):
         metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
-    except (pa.ArrowException, OSError) as error:  # Thrift's complaints come as OSError
-        reason = " ".join(str(error).split())
-        raise DataError(f"{folder}/{path}: the Parquet footer is damaged ({reason})") from None
     return metadata, hashlib.sha256(footer).hexdigest()
+
+
+@contextmanager
+def _parsing(file: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:  # Thrift and text complain in their own kinds
+        reason = " ".join(str(error).split())
+        raise DataError(f"{file}: the Parquet footer is damaged ({reason})") from None
 
 
 def cut_shards(row_groups: Sequence[tuple[int, int]]) -> tuple[Unit, ...]:

@@ -170,5 +170,23 @@ def drop_modalities(inputs: Inputs, share: float, generator: torch.Generator) ->
     )
 
 
+def drop_words(
+    inputs: Inputs, share: float, mask_id: int, special_ids: list[int], generator: torch.Generator
+) -> Inputs:
+    """Mask some of the captions' tokens.
+
+    Args:
+        inputs: B rows.
+        share: of the tokens; the special ones stay.
+        mask_id: what takes their place.
+        special_ids: ids of the special tokens.
+        generator: on the CPU.
+    """
+    ids = inputs.input_ids
+    dropped = (torch.rand(ids.shape, generator=generator) < share).to(ids.device)
+    dropped &= ~torch.isin(ids, torch.tensor(special_ids, device=ids.device))
+    return inputs._replace(input_ids=ids.masked_fill(dropped, mask_id))
+
+
 def _contiguous(model: MultimodalModel) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}

@@ -25,7 +25,7 @@ from mmray.config import ModelConfig, TrainConfig
 from mmray.decisions import decide
 from mmray.images import Augmentation, View
 from mmray.labeler import decode_row
-from mmray.learner import Learner, drop_modalities, freeze_unused
+from mmray.learner import Learner, drop_modalities, drop_words, freeze_unused
 from mmray.metrics import Counts
 from mmray.model import Inputs, build_model
 from mmray.schema import Status, Vocabulary
@@ -85,7 +85,7 @@ def train_worker(config: dict[str, Any]) -> None:
         )
         torch.manual_seed(job.train.seed + 1_000_003 * epoch + rank)
         started = time.monotonic()
-        loss = train_epoch(learner, news.about(batches, epoch, num_steps), job.train.modality_dropout)
+        loss = train_epoch(learner, news.about(batches, epoch, num_steps), collate.tokenizer)
         metrics = validate(learner, val.iter_torch_batches(**stream), job.start.vocabulary)
         metrics |= {"epoch": epoch, "loss": loss, "seconds": time.monotonic() - started}
         better = metrics["sample_f1"] > state["best"]
@@ -120,12 +120,15 @@ def make_learner(job: TrainJob, steps_per_epoch: int, world_size: int) -> Learne
     )
 
 
-def train_epoch(learner: Learner, batches: Batches, modality_dropout: float) -> float:
-    """Take a step for each batch; gives the mean loss over all workers."""
+def train_epoch(learner: Learner, batches: Batches, tokenizer: Any) -> float:
+    """Take a step for each batch, some of it hidden; gives the mean loss over all workers."""
+    config, mask_id, special_ids = learner.config, tokenizer.mask_token_id, tokenizer.all_special_ids
     generator = torch.Generator().manual_seed(torch.initial_seed())
     total = torch.zeros(2, device=learner.device)
     for batch in batches:
-        inputs = drop_modalities(inputs_of(batch, learner.device), modality_dropout, generator)
+        inputs = drop_modalities(inputs_of(batch, learner.device), config.modality_dropout, generator)
+        if mask_id is not None:
+            inputs = drop_words(inputs, config.word_dropout, mask_id, special_ids, generator)
         loss = learner.step(inputs, batch["targets"].to(learner.device), batch["valid"].to(learner.device))
         total += torch.stack([loss, torch.ones_like(loss)])
     add_up(total)

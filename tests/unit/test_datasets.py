@@ -258,6 +258,17 @@ def test_a_damaged_footer_is_a_data_error_of_one_line_or_is_read(tmp_path_factor
         assert "a.parquet: the Parquet footer is damaged" in str(error) and "\n" not in str(error)
 
 
+def test_a_damaged_column_name_is_a_data_error(folder):
+    file = io.BytesIO()
+    pq.write_table(pa.table({"image": [b""], "caption": ["a"]}), file, store_schema=False)
+    for part in (b"caption", b"image"):
+        content = bytearray(file.getvalue())
+        content[content.rindex(part)] = 0xFF
+        folder.publish("a.parquet", bytes(content))
+        with pytest.raises(DataError, match=r"a\.parquet: the Parquet footer is damaged"):
+            describe_files(folder, folder.list(), "image")
+
+
 def test_what_is_no_parquet_is_refused_by_path(folder):
     folder.publish("a.parquet", b"image,caption\n" * 1000)
     with pytest.raises(DataError, match=r"a\.parquet: no Parquet footer; the file is damaged or of another"):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmray.config import FUSIONS, ModelConfig, TrainConfig
-from mmray.learner import BASE_BATCH_SIZE, Learner, drop_modalities, freeze_unused
+from mmray.learner import BASE_BATCH_SIZE, Learner, drop_modalities, drop_words, freeze_unused
 from mmray.losses import binary_cross_entropy
 from mmray.model import Inputs, build_model, describe_encoder
 
@@ -303,3 +303,16 @@ def test_the_same_seed_hides_the_same_rows():
     inputs = batch(num_rows=50)[0]
     one, other = (drop_modalities(inputs, 0.3, torch.Generator().manual_seed(5)) for _ in range(2))
     assert torch.equal(one.has_image, other.has_image) and torch.equal(one.has_caption, other.has_caption)
+
+
+def test_dropped_words_are_masked_at_about_the_share_and_special_tokens_stay():
+    rows = torch.ones(50, dtype=torch.bool)
+    ids = torch.randint(5, 100, (50, 40))
+    ids[:, 0], ids[:, 30:] = 2, 0
+    inputs = Inputs(torch.zeros(50, 1, 1, 3, dtype=torch.uint8), rows, ids, (ids != 0).long(), rows)
+    dropped = drop_words(inputs, 0.3, 4, [0, 1, 2, 3, 4], torch.Generator().manual_seed(0)).input_ids
+    changed = dropped != ids
+    assert (dropped[changed] == 4).all()
+    assert not changed[:, 0].any()
+    assert not changed[:, 30:].any()
+    assert 0.25 < changed[:, 1:30].float().mean() < 0.35
