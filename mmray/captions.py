@@ -11,6 +11,7 @@ import numpy as np
 from mmray.errors import ConfigError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 VOCABULARY_SIZE = 8192
@@ -36,28 +37,47 @@ def is_blank(caption: str | None) -> bool:
 def train_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerBase:
     """Train a WordPiece tokenizer of BERT's kind: lower case, accents stripped, words that occur once split.
 
+    The same captions give the same vocabulary, in any order and on any machine.
+
     Args:
         captions: training captions; blank ones do no harm.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=100))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=VOCABULARY_SIZE,
-        min_frequency=2,
-        show_progress=False,
-        special_tokens=list(SPECIAL_TOKENS.values()),
+    texts = [caption[:MAX_CHARACTERS] for caption in captions]
+    scratch = _word_piece({})
+    characters = sorted(
+        {c for text in texts for c in scratch.normalizer.normalize_str(text) if not c.isspace()}
     )
-    tokenizer.train_from_iterator((caption[:MAX_CHARACTERS] for caption in captions), trainer)
+    # The trainer numbers characters in the order of a hash table, and breaks ties by these numbers. What is
+    # declared special is numbered first and as given; in the tokenizer that is kept it is not special.
+    fixed = [*SPECIAL_TOKENS.values(), *(f"##{character}" for character in characters)]
+    scratch.train_from_iterator(
+        texts,
+        trainers.WordPieceTrainer(
+            vocab_size=VOCABULARY_SIZE + len(characters),
+            min_frequency=2,
+            show_progress=False,
+            special_tokens=fixed,
+        ),
+    )
+    tokenizer = _word_piece(scratch.get_vocab())
     special = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
+
+
+def _word_piece(vocabulary: dict[str, int]) -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:

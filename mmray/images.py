@@ -58,11 +58,15 @@ class Augmentation:
     def draw(self, generator: np.random.Generator) -> View:
         """Draw a view.
 
-        The crop keeps a share of the area between `crop` and 1; its aspect is 3/4 to 4/3 of the image's.
+        The crop keeps a share of the area between `crop` and 1; its aspect is 3/4 to 4/3 of the image's,
+        or nearer to it where the crop is nearly all.
         """
         area = generator.uniform(self.crop, 1)
-        aspect = np.exp(generator.uniform(-1, 1) * np.log(4 / 3)) if self.crop < 1 else 1.0
-        width, height = min(1.0, np.sqrt(area * aspect)), min(1.0, np.sqrt(area / aspect))
+        aspect = np.exp(generator.uniform(-1, 1) * np.log(4 / 3))
+        width = min(
+            1.0, max(area, np.sqrt(area * aspect))
+        )  # a crop as wide or high as the image is less oblong
+        height = area / width
         left, top = generator.uniform(0, 1 - width), generator.uniform(0, 1 - height)
         factors = 1 + generator.uniform(-self.colour, self.colour, 3)
         box = (float(left), float(top), float(left + width), float(top + height))

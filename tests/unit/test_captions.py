@@ -91,3 +91,11 @@ def test_a_folder_without_a_tokenizer_is_refused_in_one_line(tmp_path):
     with pytest.raises(ConfigError, match="--text") as caught:
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_same_captions_in_any_order_give_the_same_vocabulary():
+    words = ["red", "blue", "dog", "cat", "runs", "sleeps", "ground", "underground", "café"]
+    captions = [f"a {one} {other} {number % 7}" for number, one in enumerate(words * 3) for other in words]
+    vocabulary = train_tokenizer(captions).get_vocab()
+    assert train_tokenizer(captions[::-1]).get_vocab() == vocabulary
+    assert train_tokenizer(captions[::2] + captions[1::2]).get_vocab() == vocabulary
