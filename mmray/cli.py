@@ -13,7 +13,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import click
@@ -167,7 +167,10 @@ def cluster() -> Iterator[None]:
 
     started_here = not ray.is_initialized()
     if started_here:
-        ray.init(log_to_driver=not quiet, logging_level="ERROR" if quiet else "INFO", include_dashboard=False)
+        with _silenced() if quiet else nullcontext():
+            ray.init(
+                log_to_driver=not quiet, logging_level="ERROR" if quiet else "INFO", include_dashboard=False
+            )
     if quiet:
         for name in ("ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -176,3 +179,17 @@ def cluster() -> Iterator[None]:
     finally:
         if started_here:
             ray.shutdown()
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Keep file descriptor 2 quiet: Ray's core prints there that it was told to print nothing."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)

@@ -19,6 +19,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -325,17 +326,19 @@ class Committer:
         rejected: list[dict[str, Any]] = []
         writer: pq.ParquetWriter | None = None
         num_rows = 0
-        for table in tables:
-            writer = writer or pq.ParquetWriter(target, table.schema, compression="zstd")
-            writer.write_table(table)
-            counts.update(table["status"].to_pylist())
-            rejected += _rejected_rows(table, num_rows)
-            num_rows += table.num_rows
-        assert writer is not None, "a file has at least one shard"
-        ordered = dict(sorted(counts.items()))
-        record = {"fingerprint": self.fingerprint, "num_rows": num_rows, "counts": ordered}
-        writer.add_key_value_metadata({RECORD_KEY: json.dumps(record)})
-        writer.close()
+        with ExitStack() as stack:  # an unclosed writer would still write when it is collected
+            for table in tables:
+                writer = writer or stack.enter_context(
+                    pq.ParquetWriter(target, table.schema, compression="zstd")
+                )
+                writer.write_table(table)
+                counts.update(table["status"].to_pylist())
+                rejected += _rejected_rows(table, num_rows)
+                num_rows += table.num_rows
+            assert writer is not None, "a file has at least one shard"
+            ordered = dict(sorted(counts.items()))
+            record = {"fingerprint": self.fingerprint, "num_rows": num_rows, "counts": ordered}
+            writer.add_key_value_metadata({RECORD_KEY: json.dumps(record)})
         return ordered, rejected
 
 
