@@ -1,8 +1,8 @@
-# make demo | test | check | lock. The first one sets everything up, in .venv.
+# make demo | test | test-recipes | check | lock. The first one sets everything up, in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check format lock clean
+.PHONY: setup demo test test-recipes check format lock clean
 .DELETE_ON_ERROR:
 
 setup: .venv/installed
@@ -18,6 +18,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-recipes: setup
+	$(BIN)/python -m pytest -m recipe -s
 
 check: setup
 	$(BIN)/ruff format --check mmray jobs tests

@@ -26,7 +26,7 @@ from ray.data.block import BlockMetadata
 
 from mmray.config import Columns
 from mmray.errors import DataError
-from mmray.schema import Label, Vocabulary, image_bytes, require_columns
+from mmray.schema import Label, Vocabulary, image_bytes, require_columns, require_kinds
 from mmray.storage import Folder, visible
 
 MAX_SHARD_ROWS = 1000
@@ -249,6 +249,7 @@ class Rows:
         needed |= {"--label-column": columns.labels} if labeled else {}
         for file, schema in described:
             require_columns(schema, needed, f"{folder}/{file.path}")
+            require_kinds(schema, columns.image, columns.caption, f"{folder}/{file.path}")
         rows = cls(folder, tuple(file for file, _ in described if file.num_rows), columns)
         if not rows.files:
             raise DataError(f"{uri}: its {len(files)} files hold no row")

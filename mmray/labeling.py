@@ -48,6 +48,7 @@ from mmray.schema import (
     passthrough_names,
     prediction_fields,
     require_columns,
+    require_kinds,
 )
 from mmray.shards import (
     MANIFEST,
@@ -133,10 +134,11 @@ def plan_labeling(
     for file, schema in described:
         needed = {"--image-column": columns.image, "--caption-column": columns.caption}
         require_columns(schema, needed, f"{folder}/{file.path}")
+        require_kinds(schema, columns.image, columns.caption, f"{folder}/{file.path}")
         passthrough_names(schema, columns.image)
     left = None if config.limit is None else config.limit - plan.num_rows
     new = cut_to((file for file, _ in described), left)
-    if dry_run:
+    if dry_run or not new:  # the latter: the limit was reached before these files
         return folder, replace(plan, files=plan.files + new)
     output.remove([SUCCESS, MANIFEST] if plan.parts else [])
     return folder, plan.append(output, new)

@@ -64,7 +64,7 @@ class Progress:
         told = [f"{name} {value}" for name, value in facts.items()]
         self.facts = ", ".join([*told, f"{rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s"] if rate else told)
         if self._bar:
-            self._bar.update(self._task, completed=done, facts=self.facts)
+            self._bar.update(self._task, completed=done, total=self.total, facts=self.facts)
         elif time.monotonic() - self._logged >= LOG_INTERVAL_S:
             self._log()
 

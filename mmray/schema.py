@@ -232,11 +232,28 @@ def require_columns(schema: pa.Schema, columns: dict[str, str], where: str) -> N
             )
 
 
+def require_kinds(schema: pa.Schema, image_column: str, caption_column: str, where: str) -> None:
+    """Check that images are bytes and captions are text.
+
+    Raises:
+        DataError: they are not; names the file, the column and its type.
+    """
+    try:
+        image_bytes(pa.array([], schema.field(image_column).type))
+    except DataError as error:
+        raise DataError(f"{where}: column {image_column!r}: {error}") from None
+    kind = schema.field(caption_column).type
+    text = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if text not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
+        raise DataError(f"{where}: column {caption_column!r}: a caption column holds text, not {kind}")
+
+
 def image_bytes(column: pa.Array | pa.ChunkedArray) -> list[bytes | None]:
     """Take the encoded images out of a column.
 
     Args:
-        column: binary, large_binary, or the Hugging Face layout struct<bytes, path>; B rows.
+        column: binary, large_binary, or the Hugging Face layout struct<bytes, path>; B rows. Of a column
+            that is null throughout, writers forget the type.
 
     Returns:
         B encoded images, None where there is none.
@@ -248,7 +265,7 @@ def image_bytes(column: pa.Array | pa.ChunkedArray) -> list[bytes | None]:
     if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         column = pc.struct_field(column, "bytes")
         kind = column.type
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+    if kind not in (pa.binary(), pa.large_binary(), pa.binary_view(), pa.null()):
         raise DataError(f"an image column holds encoded bytes or struct<bytes, path>, not {kind}")
     images: list[bytes | None] = column.to_pylist()
     return images

@@ -101,7 +101,7 @@ def train_model(
     start = prepare_start(output, rows, val, model)
     sizes = build_model(model, len(start.vocabulary), start.text_config).num_bytes()
     log.info("model: %s", ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items()))
-    with told(progress) as news:
+    with told(progress, train.epochs) as news:
         job = TrainJob(model, train, start, rows.num_rows, workers.num_threads, news)
         best = fit(job, rows, val, output, workers)
     bundle, metrics = save_best(output, best, job, rows)
@@ -252,7 +252,7 @@ class ExactValidation(ray.train.DataConfig):
 
 
 @contextmanager
-def told(show: bool) -> Iterator[Queue | None]:
+def told(show: bool, epochs: int) -> Iterator[Queue | None]:
     """Give workers a queue for news, and show what comes; None when nobody wants to know."""
     if not show:
         yield None
@@ -264,8 +264,8 @@ def told(show: bool) -> Iterator[Queue | None]:
             if "line" in item:
                 progress.print(item["line"])
             else:
-                progress.total = item["num_steps"]
-                progress.update(item["step"], epoch=item["epoch"])
+                progress.total = item["steps_per_epoch"] * epochs
+                progress.update(item["step"], epoch=f"{-(-item['step'] // item['steps_per_epoch'])}/{epochs}")
 
     with Progress("train", 1, "steps") as progress:
         thread = Thread(target=listen, args=(progress,), name="news", daemon=True)

@@ -196,7 +196,7 @@ class News:
             yield batch
             if self.queue is not None and time.monotonic() - self._told > NEWS_INTERVAL_S:
                 self._told = time.monotonic()
-                self.queue.put({"epoch": epoch, "step": step, "num_steps": num_steps})
+                self.queue.put({"step": (epoch - 1) * num_steps + step, "steps_per_epoch": num_steps})
 
     def tell(self, line: str) -> None:
         """Tell a line."""
