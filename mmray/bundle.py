@@ -76,6 +76,8 @@ class Bundle:
             labels = _checked(folder, "labels.json", {"labels"})["labels"]
             thresholds = np.array(_checked(folder, "thresholds.json", {"thresholds"})["thresholds"], float)
             names = [name for name in config["sums"] if name.startswith("tokenizer/")]
+            if any(name.count("/") > 1 for name in names):  # would be written somewhere else
+                raise BundleError(f"{uri}/config.json names {names}: a tokenizer's files stand in one folder")
             files = {name.removeprefix("tokenizer/"): folder.read(name) for name in names}
             vocabulary = Vocabulary(tuple(labels))
             model_config = from_json(ModelConfig, config["model"], f"{uri}/config.json")

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from mmray.errors import MmrayError
+from mmray.errors import find_error
 
 EXIT_BAD_RESULT = 1
 EXIT_INTERRUPTED = 3
@@ -118,26 +118,6 @@ def at_edge(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def find_error(error: BaseException) -> MmrayError | None:
-    """Find the user's error inside what Ray wrapped around it."""
-    seen: set[int] = set()
-    queue: list[BaseException | None] = [error]
-    while queue:
-        candidate = queue.pop()
-        if candidate is None or id(candidate) in seen:
-            continue
-        seen.add(id(candidate))
-        if isinstance(candidate, MmrayError):
-            # Ray's RayTaskError(X) is an X too, but its text is a traceback: go on to what it wraps.
-            cause = getattr(candidate, "cause", None)
-            if not isinstance(cause, MmrayError):
-                return candidate
-        queue += [candidate.__cause__, candidate.__context__, getattr(candidate, "cause", None)]
-        failures = getattr(candidate, "worker_failures", None)  # Ray Train keeps the workers' errors here
-        queue += list(failures.values()) if isinstance(failures, dict) else []
-    return None
-
-
 def _leave(message: str, status: int) -> None:
     click.echo(f"mmray: {message}", err=True)
     sys.exit(status)
@@ -159,7 +139,8 @@ def cluster() -> Iterator[None]:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if quiet:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    logging.basicConfig(level=logging.WARNING if quiet else logging.DEBUG, format="%(name)s: %(message)s")
+    # Never DEBUG for all: botocore would log the requests that it signs, session tokens and all.
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     logging.getLogger("mmray").setLevel(logging.INFO if quiet else logging.DEBUG)
 
     import ray

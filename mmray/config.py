@@ -132,7 +132,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """Where the work runs. None of it changes a result."""
+    """Where the work runs. Labels do not depend on it; training does, on the number of workers."""
 
     num_workers: str | None = option(None, "Workers, N or MIN:MAX [default: one a GPU, else one].")
     use_gpu: bool | None = option(

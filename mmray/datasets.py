@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any
 
@@ -237,16 +237,16 @@ class Rows:
     columns: Columns
 
     @classmethod
-    def find(cls, uri: str, columns: Columns, *, labeled: bool = True) -> Rows:
-        """Find a dataset and check its columns.
+    def find(cls, uri: str, columns: Columns, needs: Sequence[str] = ("image", "caption", "labels")) -> Rows:
+        """Find a dataset, and check the columns that it needs.
 
         Raises:
             DataError: no file, no row, or a column is missing.
         """
         folder, files = find_files(uri)
         described = describe_files(folder, files, columns.image)
-        needed = {"--image-column": columns.image, "--caption-column": columns.caption}
-        needed |= {"--label-column": columns.labels} if labeled else {}
+        flags = {field.name: field.metadata["flag"] for field in fields(Columns)}
+        needed = {flags[name]: getattr(columns, name) for name in needs}
         for file, schema in described:
             require_columns(schema, needed, f"{folder}/{file.path}")
             require_kinds(schema, columns.image, columns.caption, f"{folder}/{file.path}")
@@ -264,7 +264,7 @@ class Rows:
         """Say which rows these are: path and footer sum of each file."""
         return [(file.path, file.footer_sha256) for file in self.files]
 
-    def dataset(self, columns: Sequence[str], seed: int | None = None) -> ray.data.Dataset:
+    def dataset(self, columns: Sequence[str], seed: tuple[int, ...] | None = None) -> ray.data.Dataset:
         """Stream the rows with Ray Data, a block for each shard.
 
         Args:
@@ -278,7 +278,7 @@ class Rows:
 class RowSource(Datasource):
     """Ray's view of `Rows`: a read task for each unit."""
 
-    def __init__(self, rows: Rows, columns: tuple[str, ...], seed: int | None) -> None:
+    def __init__(self, rows: Rows, columns: tuple[str, ...], seed: tuple[int, ...] | None) -> None:
         """Hold what is to be read."""
         super().__init__()
         self.rows, self.columns, self.seed = rows, columns, seed
@@ -295,7 +295,7 @@ class RowSource(Datasource):
         units = [(file, unit) for file in self.rows.files for unit in file.units]
         draws: list[int | None] = [None] * len(units)
         if self.seed is not None:
-            generator = np.random.default_rng((self.seed, self.executions))
+            generator = np.random.default_rng((*self.seed, self.executions))
             units = [units[index] for index in generator.permutation(len(units))]
             draws = [int(draw) for draw in generator.integers(2**63, size=len(units))]
             self.executions += 1

@@ -84,10 +84,13 @@ def draw_scenes(folder: Folder, num_rows: int, generator: np.random.Generator) -
     rows = csv.writer(table)
     rows.writerow(["image", "caption", "labels"])
     with ThreadPoolExecutor(8) as threads:
+        published = []
         for number in range(num_rows):
             image, caption, labels = draw_scene(generator)
-            threads.submit(folder.publish, f"images/{number:05}.jpg", image)
+            published.append(threads.submit(folder.publish, f"images/{number:05}.jpg", image))
             rows.writerow([f"{number:05}.jpg", caption, " ".join(labels)])
+        for image_file in published:
+            image_file.result()
     folder.publish("scenes.csv", table.getvalue().encode())
 
 

@@ -37,3 +37,23 @@ class BudgetError(OutputError):
     """More rows failed than `--max-failed-fraction` allows. The job ran, and its result is bad."""
 
     exit_status = 1
+
+
+def find_error(error: BaseException) -> MmrayError | None:
+    """Find the user's error inside what Ray wrapped around it."""
+    seen: set[int] = set()
+    queue: list[BaseException | None] = [error]
+    while queue:
+        candidate = queue.pop()
+        if candidate is None or id(candidate) in seen:
+            continue
+        seen.add(id(candidate))
+        if isinstance(candidate, MmrayError):
+            # Ray's RayTaskError(X) is an X too, but its text is a traceback: go on to what it wraps.
+            cause = getattr(candidate, "cause", None)
+            if not isinstance(cause, MmrayError):
+                return candidate
+        queue += [candidate.__cause__, candidate.__context__, getattr(candidate, "cause", None)]
+        failures = getattr(candidate, "worker_failures", None)  # Ray Train keeps the workers' errors here
+        queue += list(failures.values()) if isinstance(failures, dict) else []
+    return None

@@ -19,9 +19,9 @@ from mmray.config import Columns, ComputeConfig, LabelConfig, ScoringConfig, mak
 from mmray.datasets import DataFile, Rows, read_footer, read_units
 from mmray.decisions import decide
 from mmray.errors import DataError, OutputError
-from mmray.labeling import Pool, score_shards, small_blocks, unpack
 from mmray.metrics import Counts
 from mmray.schema import Vocabulary, output_name, require_columns
+from mmray.scoring import Pool, score_shards, small_blocks, unpack
 from mmray.shards import Plan, Work
 from mmray.storage import Folder
 
@@ -123,7 +123,7 @@ def evaluate_predictions(
     plan = Plan.load(predictions)
     if plan is None:
         raise OutputError(f"{predictions_uri} has no plan: it is no output of label.py")
-    rows = Rows.find(data_uri, columns)
+    rows = Rows.find(data_uri, columns, needs=["labels"])
     scored = plan.settings["scores"] == "all"
     rule = Rule(Vocabulary(tuple(plan.settings["labels"])), np.array(plan.settings["thresholds"]), scored)
     planned = {(file.path, file.footer_sha256) for file in plan.files if file.num_rows}

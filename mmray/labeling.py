@@ -1,55 +1,45 @@
-"""The labeling job: plan -> read -> score on actors -> commit, streamed by Ray Data.
-
-Ray moves shards, not rows: a row of its blocks is one shard, its rows serialised as Arrow beside their place
-in the plan. So types pass through untouched, input files may differ in their columns, and however Ray bundles
-or slices its blocks, a shard stays whole.
-"""
+"""The labeling job: plan -> read -> score on actors -> commit, streamed by Ray Data."""
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from threading import Event, Thread
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
-import numpy as np
-import pyarrow as pa
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy, DataContext, Datasink, Datasource, ReadTask
-from ray.data.block import Block, BlockMetadata
+from ray.data import Datasink
+from ray.data.block import Block
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mmray.bundle import Bundle
-from mmray.config import Columns, ComputeConfig, LabelConfig, Workers
+from mmray.config import Columns, ComputeConfig, LabelConfig
 from mmray.datasets import (
     MAX_SHARD_BYTES,
     MAX_SHARD_ROWS,
     DataFile,
-    Unit,
     describe_files,
     find_files,
-    read_units,
 )
-from mmray.errors import BudgetError, ConfigError, OutputError
+from mmray.errors import BudgetError, OutputError, find_error
 from mmray.images import DECODER
 from mmray.progress import Progress
 from mmray.schema import (
-    KeptScores,
     Status,
-    image_bytes,
-    output_schema,
     passthrough_names,
-    prediction_fields,
     require_columns,
     require_kinds,
 )
+from mmray.scoring import Pool, score_shards, small_blocks, unpack
 from mmray.shards import (
     MANIFEST,
     SUCCESS,
@@ -61,17 +51,13 @@ from mmray.shards import (
     cut_to,
     find_work,
     finish,
-    shards_of,
+    finished_manifest,
 )
 from mmray.storage import Folder, visible
 
 log = logging.getLogger(__name__)
 
-READ_TASK_ROWS = 1000
-"""Small files are read together, up to about this many rows a task."""
-
-BLOCK_BYTES = 8 << 20
-"""Shards share a block up to this size. Ray cuts blocks between rows, and a row is a shard: none is torn."""
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -115,6 +101,8 @@ def plan_labeling(
         OutputError: the output belongs to another job.
     """
     folder, files = find_files(input_uri)
+    if f"{output}/".startswith(f"{Folder(input_uri)}/"):
+        raise OutputError(f"{output} lies in the input {folder}: the next run would label its own labels")
     settings = labeling_settings(bundle, columns, config)
     plan = Plan.load(output)
     if plan is None:
@@ -131,11 +119,15 @@ def plan_labeling(
     if not added:
         return folder, plan
     described = describe_files(folder, added, columns.image)
+    renamed: dict[str, str] = {}
     for file, schema in described:
         needed = {"--image-column": columns.image, "--caption-column": columns.caption}
         require_columns(schema, needed, f"{folder}/{file.path}")
         require_kinds(schema, columns.image, columns.caption, f"{folder}/{file.path}")
-        passthrough_names(schema, columns.image)
+        names = passthrough_names(schema, columns.image)
+        renamed |= {before: after for before, after in names.items() if before != after}
+    for before, after in renamed.items():
+        log.info("the input has a column %s: it becomes %s in the output", before, after)
     left = None if config.limit is None else config.limit - plan.num_rows
     new = cut_to((file for file, _ in described), left)
     if dry_run or not new:  # the latter: the limit was reached before these files
@@ -201,15 +193,22 @@ def label_dataset(
         return LabelingResult(
             plan.num_rows, {}, len(plan.files), plan.num_shards, plan.num_shards - work.num_pending, 0
         )
+    manifest = finished_manifest(output, plan)
+    if manifest and not work.pending and not work.unjoined:
+        return LabelingResult(
+            plan.num_rows, manifest["counts"], len(plan.files), plan.num_shards, plan.num_shards, 0
+        )
     num_resumed = plan.num_shards - work.num_pending
     if num_resumed:
         log.info("resuming: %d of %d shards are committed", num_resumed, plan.num_shards)
-    ledger = ray.remote(num_cpus=0)(Ledger).remote(plan.num_rows, config.max_failed_fraction)
+    ledger = start_ledger(plan, config)
     committer = Committer(output, plan.fingerprint)
     if work.pending:
         with small_blocks(), watched(ledger, work if progress else None):
-            score_shards(folder, work, bundle, columns, config, pool).write_datasink(
-                ShardSink(committer, ledger), ray_remote_args={"num_cpus": 0.25}
+            executed(
+                lambda: score_shards(folder, work, bundle, columns, config, pool).write_datasink(
+                    ShardSink(committer, ledger), ray_remote_args={"num_cpus": 0.25}
+                )
             )
     records = complete(committer, plan, ray.get(ledger.records.remote()))
     totals = sum((Counter(record.counts) for record in records), Counter[str]())
@@ -221,158 +220,17 @@ def label_dataset(
     )
 
 
-def score_shards(
-    folder: Folder, work: Work, bundle: Bundle, columns: Columns, config: LabelConfig, pool: Pool
-) -> ray.data.Dataset:
-    """Read the shards of some work and score them: packed rows of labeled tables."""
-    return ray.data.read_datasource(ShardSource(folder, work), num_cpus=0.5).map_batches(
-        ScoreShards,
-        fn_constructor_args=(bundle, columns, config, pool.num_threads),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=pool.minimum, max_size=pool.maximum),
-        num_cpus=pool.num_cpus,
-        num_gpus=pool.num_gpus,
-    )
-
-
-class Pool(NamedTuple):
-    """The actors that score: how many, and what each asks for."""
-
-    minimum: int
-    maximum: int
-    num_cpus: float
-    num_gpus: float
-    num_threads: int
-
-    @classmethod
-    def on_cluster(cls, compute: ComputeConfig) -> Pool:
-        """Size the pool for the cluster that is there.
-
-        Raises:
-            ConfigError: GPUs are asked for, and the cluster has none.
-        """
-        resources = ray.cluster_resources()
-        cpus, gpus = resources.get("CPU", 1), int(resources.get("GPU", 0))
-        use_gpu = compute.use_gpu if compute.use_gpu is not None else gpus > 0
-        if use_gpu and not gpus:
-            raise ConfigError("--use-gpu: the cluster has no GPU; use --no-gpu, or submit to one that has")
-        num_nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
-        workers = Workers.parse(compute.num_workers or (gpus if use_gpu else num_nodes))
-        share = cpus / workers.maximum
-        if use_gpu:
-            return cls(workers.minimum, workers.maximum, 1, 1, max(1, int(share)))
-        # Reading and committing need a CPU beside the actors, or they would wait for one another.
-        num_cpus = max(1, int(share) - 1) if share >= 2 else share / 2
-        return cls(workers.minimum, workers.maximum, num_cpus, 0, max(1, int(share)))
-
-    def settle_precision(self, config: LabelConfig) -> LabelConfig:
-        """Fill in the precision that the device does best, unless one is asked for."""
-        return replace(config, precision=config.precision or ("bf16" if self.num_gpus else "fp32"))
-
-
-class ShardSource(Datasource):
-    """Reads the units of a plan that hold uncommitted shards; gives each of these shards as one row."""
-
-    def __init__(self, folder: Folder, work: Work) -> None:
-        """Take the input's folder and what is to be done."""
-        super().__init__()
-        self.folder, self.work = folder, work
-
-    def estimate_inmemory_data_size(self) -> int:
-        """Estimate the bytes of encoded images that will be read."""
-        return sum(file.image_bytes for file, _ in self.work.pending)
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
-    ) -> list[ReadTask]:
-        """Give a task for each unit; small ones share a task."""
-        tasks: list[list[tuple[DataFile, Unit]]] = []
-        held = READ_TASK_ROWS
-        for file, units in self.work.pending:
-            for unit in units:
-                num_rows = unit[-1] - unit[0]
-                if held + num_rows > READ_TASK_ROWS or file.image_bytes > MAX_SHARD_BYTES:
-                    tasks.append([])
-                    held = 0
-                tasks[-1].append((file, unit))
-                held += num_rows
-        return [self._task(task) for task in tasks]
-
-    def _task(self, units: list[tuple[DataFile, Unit]]) -> ReadTask:
-        folder = self.folder
-        committed = {shard for file, unit in units for shard in shards_of(file, [unit])} & self.work.committed
-
-        def read() -> Iterator[pa.Table]:
-            for file, unit in units:
-                for first, end, rows in read_units(folder, file, [unit]):
-                    if Shard(file.path, first, end) not in committed:
-                        yield pack(file, first, end, rows)
-
-        num_bytes = sum(
-            file.image_bytes * (unit[-1] - unit[0]) // max(1, file.num_rows) for file, unit in units
-        )
-        metadata = BlockMetadata(num_rows=len(units), size_bytes=num_bytes, exec_stats=None, input_files=None)
-        return ReadTask(read, metadata)
-
-
-def pack(file: DataFile, first: int, end: int, rows: pa.Table) -> pa.Table:
-    """Make one row of a shard: file: string, first and end: int64, rows: large_binary, an Arrow stream."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, rows.schema) as stream:
-        stream.write_table(rows)
-    content = sink.getvalue()
-    offsets = pa.py_buffer(np.array([0, content.size], np.int64))
-    packed = pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, content])  # no copy of the images
-    return pa.table({"file": [file.to_json()], "first": [first], "end": [end], "rows": packed})
-
-
-def unpack(packed: pa.Table) -> Iterator[tuple[DataFile, Shard, pa.Table]]:
-    """Give the shards of packed rows."""
-    for file_json, first, end, content in zip(*(packed[name] for name in packed.column_names), strict=True):
-        file = DataFile.from_json(file_json.as_py())
-        rows = pa.ipc.open_stream(content.as_buffer()).read_all()
-        yield file, Shard(file.path, first.as_py(), end.as_py()), rows
-
-
-class ScoreShards:
-    """An actor of the pool: the model is loaded once, shards come and go."""
-
-    def __init__(self, bundle: Bundle, columns: Columns, config: LabelConfig, num_threads: int) -> None:
-        """Load the model."""
-        import torch
-
-        from mmray.labeler import Labeler
-
-        torch.set_num_threads(num_threads)  # Ray sets one thread for each CPU that was asked for
-        self.columns, self.kept = columns, KeptScores.parse(config.scores)
-        self.bundle, self.fingerprint = bundle, bundle.fingerprint
-        assert config.precision is not None
-        self.labeler = Labeler(
-            bundle, batch_size=config.batch_size, precision=config.precision, num_threads=num_threads
-        )
-
-    def __call__(self, packed: pa.Table) -> Iterator[pa.Table]:
-        """Score shards."""
-        for file, shard, rows in unpack(packed):
-            yield pack(file, shard.first, shard.end, self.label(rows))
-
-    def label(self, rows: pa.Table) -> pa.Table:
-        """Replace the image column by the predictions."""
-        labeled = self.labeler(image_bytes(rows[self.columns.image]), rows[self.columns.caption].to_pylist())
-        vocabulary, valid = self.bundle.vocabulary, labeled.valid
-        fields = prediction_fields(vocabulary, self.kept)
-        predictions = {
-            "predicted_labels": vocabulary.decode(labeled.decided, valid),
-            "status": pa.array([str(status) for status in labeled.statuses], pa.string()),
-            "error": pa.array(labeled.errors, pa.string()),
-            "model": pa.array([self.fingerprint] * rows.num_rows, pa.string()),
-        }
-        if self.kept.top != 0:
-            predictions["scores"] = self.kept.array(labeled.scores, valid, vocabulary)
-        passed = [rows[name] for name in passthrough_names(rows.schema, self.columns.image)]
-        columns = [*passed, *(predictions[field.name] for field in fields)]
-        return pa.Table.from_arrays(columns, schema=output_schema(rows.schema, self.columns.image, fields))
+def executed(run: Callable[[], Result]) -> Result:
+    """Run something on Ray Data, and raise users' errors as they were raised, without Ray's around them."""
+    try:
+        return run()
+    except Exception as error:
+        known = find_error(error)
+        if known is None:
+            raise
+    # Ray's error holds its frames, these hold the actors, and actors hold CPUs that the next run waits for.
+    gc.collect()
+    raise known
 
 
 class ShardSink(Datasink[None]):
@@ -400,7 +258,7 @@ class Ledger:
     def __init__(self, num_rows: int, max_failed_fraction: float) -> None:
         """Take the budget."""
         self.num_rows, self.max_failed_fraction = num_rows, max_failed_fraction
-        self.shards: dict[Shard, dict[str, int]] = {}
+        self.shards: set[Shard] = set()
         self.files: dict[str, FileRecord] = {}
         self.counts: Counter[str] = Counter()
 
@@ -411,7 +269,7 @@ class Ledger:
             BudgetError: too many rows have failed.
         """
         if shard not in self.shards:
-            self.shards[shard] = counts
+            self.shards.add(shard)
             self.counts.update(counts)
         if record:
             self.files[record.path] = record
@@ -424,6 +282,13 @@ class Ledger:
     def records(self) -> dict[str, FileRecord]:
         """Give the files that were completed."""
         return self.files
+
+
+def start_ledger(plan: Plan, config: LabelConfig) -> Any:
+    """Start the ledger on the driver's own node: it must not be lost with a node that comes and goes."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0, scheduling_strategy=here)(Ledger)
+    return actor.remote(plan.num_rows, config.max_failed_fraction)
 
 
 def check_budget(counts: Mapping[str, int], num_rows: int, max_failed_fraction: float) -> None:
@@ -455,7 +320,7 @@ def complete(committer: Committer, plan: Plan, records: dict[str, FileRecord]) -
     missing = [file.to_json() for file in plan.files if file.path not in records]
     if not missing:
         return list(records.values())
-    found = ray.data.from_items(missing).map(read_back, num_cpus=0.5).take_all()
+    found = executed(lambda: ray.data.from_items(missing).map(read_back, num_cpus=0.5).take_all())
     return [*records.values(), *(FileRecord(*json.loads(row["record"])) for row in found)]
 
 
@@ -466,18 +331,6 @@ def versions() -> dict[str, str]:
 
 
 @contextmanager
-def small_blocks() -> Iterator[None]:
-    """Let blocks be small: tiny shards share one, a large shard has its own and moves on once it is read."""
-    context = DataContext.get_current()
-    before = context.target_max_block_size
-    context.target_max_block_size = BLOCK_BYTES
-    try:
-        yield
-    finally:
-        context.target_max_block_size = before
-
-
-@contextmanager
 def watched(ledger: Any, work: Work | None) -> Iterator[None]:
     """Show, twice a second, what the ledger counts of some work; nothing for None."""
     if work is None:
@@ -485,13 +338,15 @@ def watched(ledger: Any, work: Work | None) -> Iterator[None]:
         return
     stop = Event()
 
+    num_pending = work.num_pending
+
     def watch(progress: Progress) -> None:
         stopping = False
         while not stopping:
             stopping = stop.wait(0.5)
             with suppress(ray.exceptions.RayError):  # the job itself says what is wrong
                 num_shards, counts = ray.get(ledger.state.remote())
-                shards = f"{num_shards}/{work.num_pending}"
+                shards = f"{num_shards}/{num_pending}"
                 progress.update(sum(counts.values()), shards=shards, failed=counts.get(Status.FAILED, 0))
 
     with Progress("label", work.num_rows, "rows") as progress:

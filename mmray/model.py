@@ -9,6 +9,7 @@ import re
 import socket
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +57,9 @@ class ImageTower(nn.Module):
         self.width: int = self.backbone.num_features
         self.channels_last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
         settings = self.backbone.pretrained_cfg
-        self.register_buffer("mean", 255 * torch.tensor(settings["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(settings["std"]).view(3, 1, 1), persistent=False)
+        self.architecture: str = settings["architecture"] or config.vision
+        self.register_buffer("mean", 255 * torch.tensor(settings["mean"]).view(3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(settings["std"]).view(3, 1, 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Turn pixels, uint8 (B, S, S, 3), into tokens (B, N, C)."""
@@ -236,8 +238,10 @@ def build_model(config: ModelConfig, num_labels: int, text_config: dict[str, Any
     return MultimodalModel(image, caption, head)
 
 
-def describe_encoder(config: ModelConfig, vocabulary_size: int) -> dict[str, Any]:
+def describe_encoder(config: ModelConfig, vocabulary_size: int = 0) -> dict[str, Any]:
     """Give the caption tower's transformers config, which a bundle keeps.
+
+    Published weights bring their vocabulary; without, its size is that of the tokenizer that was trained.
 
     Without published weights nothing touches the network: `--text` is then a folder with a `config.json`,
     or one of Google's BERT miniatures, whose names say their size.
@@ -319,6 +323,8 @@ def _look_for_hub() -> None:
     """Go offline when the hub's name does not resolve: each file would cost half a minute of retries."""
     from huggingface_hub import constants
 
+    if getproxies().get("https"):  # then names are the proxy's to resolve
+        return
     try:
         socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
     except OSError:

@@ -356,6 +356,14 @@ def _rejected_rows(table: pa.Table, first: int) -> Iterator[dict[str, Any]]:
             yield {"row": first + row, "status": status, "reason": error}
 
 
+def finished_manifest(output: Folder, plan: Plan) -> dict[str, Any] | None:
+    """Read the manifest of an output that is whole; None if it is not."""
+    manifest: dict[str, Any] | None = output.read_json(MANIFEST)
+    if manifest is None or output.read_or_none(SUCCESS) is None or manifest["num_rows"] != plan.num_rows:
+        return None
+    return manifest
+
+
 def finish(
     output: Folder, plan: Plan, records: Iterable[FileRecord], versions: dict[str, str]
 ) -> dict[str, Any]:

@@ -94,7 +94,11 @@ class Folder:
         Nothing is cached: what another process published is seen. A folder that does not exist is empty.
         """
         with translated(self.uri):
-            found = self.filesystem.find(self.root, detail=True)
+            if self.is_local:
+                found = self.filesystem.find(self.root, detail=True)
+            else:  # by prefix: of an empty folder s3fs would ask HEAD, which some stores answer wrongly
+                bucket, _, prefix = self.root.partition("/")
+                found = self.filesystem.find(bucket, prefix=f"{prefix}/" if prefix else "", detail=True)
         start = len(self.root) + 1
         return {
             path[start:]: info["size"]
@@ -159,16 +163,22 @@ class Folder:
             return pyarrow.fs.LocalFileSystem(), self.root
         return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(self.filesystem)), self.root
 
+    def read_or_none(self, path: str) -> bytes | None:
+        """Read a file; None when there is none."""
+        try:
+            return self.read(path)
+        except FileNotFoundError:
+            return None
+
     def read_json(self, path: str) -> Any:
         """Read a JSON file; None when there is none.
 
         Raises:
             DataError: it is not JSON.
         """
+        data = self.read_or_none(path)
         try:
-            return json.loads(self.read(path))
-        except FileNotFoundError:
-            return None
+            return None if data is None else json.loads(data)
         except ValueError as error:
             raise DataError(f"{self.uri}/{path} is not JSON: {error}") from None
 
@@ -217,7 +227,10 @@ def _brief(error: BaseException) -> str:
 def _filesystem(scheme: str) -> fsspec.AbstractFileSystem:
     options: dict[str, Any] = {"use_listings_cache": False}
     if scheme == "s3":
-        options["config_kwargs"] = {"retries": {"mode": "standard", "max_attempts": 8}}
+        options["config_kwargs"] = {
+            "retries": {"mode": "standard", "max_attempts": 8},
+            "max_pool_connections": 64,
+        }
     try:
         return fsspec.filesystem(scheme, **options)
     except (ValueError, ImportError) as error:

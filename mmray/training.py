@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
@@ -95,16 +95,21 @@ def train_model(
     workers = TrainWorkers.on_cluster(compute)
     if rows.num_rows < workers.scaling.maximum:
         raise DataError(f"{data_uri}: {rows.num_rows} rows for {workers.scaling.maximum} workers; use fewer")
-    if claim(output, recipe_of(rows, val, model, train)):
+    recipe = recipe_of(rows, val, model, train)
+    if is_finished(output, recipe):
         bundle = Bundle.load(output_uri)
         return TrainingResult(bundle, output.read_json("metrics.json"), time.monotonic() - started, True)
     start = prepare_start(output, rows, val, model)
-    sizes = build_model(model, len(start.vocabulary), start.text_config).num_bytes()
-    log.info("model: %s", ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items()))
+    built = build_model(model, len(start.vocabulary), start.text_config)
+    sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in built.num_bytes().items())
+    log.info("model: %s", sizes)
+    output.publish_json(RECIPE, recipe)  # what cannot be built has taken no output
     with told(progress, train.epochs) as news:
         job = TrainJob(model, train, start, rows.num_rows, workers.num_threads, news)
         best = fit(job, rows, val, output, workers)
-    bundle, metrics = save_best(output, best, job, rows)
+    # A bundle needs no other folder: a backbone that came from one is kept under timm's name for it.
+    kept = replace(model, vision=built.image.architecture) if built.image else model
+    bundle, metrics = save_best(output, best, replace(job, model=kept), rows)
     return TrainingResult(bundle, metrics, time.monotonic() - started, False)
 
 
@@ -119,21 +124,17 @@ def recipe_of(rows: Rows, val: Rows, model: ModelConfig, train: TrainConfig) -> 
     }
 
 
-def claim(output: Folder, recipe: dict[str, Any]) -> bool:
-    """Take an output for a recipe.
-
-    Returns:
-        Whether the bundle is there already.
+def is_finished(output: Folder, recipe: dict[str, Any]) -> bool:
+    """Tell whether an output holds the recipe's bundle already.
 
     Raises:
-        OutputError: another recipe has it; says what differs.
+        OutputError: another recipe has the output; says what differs.
     """
     known = output.read_json(RECIPE)
     finished = output.read_json("config.json") is not None
     if known is None:
         if finished:
             raise OutputError(f"{output} holds a bundle of unknown origin; choose another --output")
-        output.publish_json(RECIPE, recipe)
     elif found := differences(known, recipe):
         raise OutputError(f"{output} was trained otherwise ({'; '.join(found)}); choose another --output")
     return finished
@@ -155,10 +156,12 @@ def prepare_start(output: Folder, rows: Rows, val: Rows, model: ModelConfig) -> 
     if unknown:
         raise DataError(f"{val.folder}: labels {unknown[:5]} occur in validation and never in training")
     if model.pretrained:
+        text_config = describe_encoder(model)  # first, since it knows best what is out of reach
         tokenizer = load_tokenizer(model.text)
     else:
         tokenizer = train_tokenizer(sample_captions(rows, CAPTIONS_FOR_TOKENIZER))
-    start = Start(vocabulary, positives, describe_encoder(model, len(tokenizer)), tokenizer_files(tokenizer))
+        text_config = describe_encoder(model, len(tokenizer))
+    start = Start(vocabulary, positives, text_config, tokenizer_files(tokenizer))
     for name, data in start.tokenizer_files.items():
         output.publish(f"{RUN}/tokenizer/{name}", data)
     record = {
@@ -209,7 +212,7 @@ def fit(job: TrainJob, rows: Rows, val: Rows, output: Folder, workers: TrainWork
         train_worker,
         train_loop_config={"job": job},
         datasets={
-            "train": rows.dataset(columns, config.seed).map_batches(
+            "train": rows.dataset(columns, (config.seed, num_epochs_done(output))).map_batches(
                 decode_rows, fn_kwargs={**decode, "augmentation": augmentation}, **DECODE_BATCHES
             ),
             "val": val.dataset(columns).map_batches(decode_rows, fn_kwargs=decode, **DECODE_BATCHES),
@@ -237,15 +240,26 @@ def fit(job: TrainJob, rows: Rows, val: Rows, output: Folder, workers: TrainWork
 DECODE_BATCHES: dict[str, Any] = {"batch_size": 128, "batch_format": "pyarrow"}
 
 
+def num_epochs_done(output: Folder) -> int:
+    """Give the epochs that checkpoints hold: a run that resumes must not repeat the first ones' order."""
+    run = output / f"{RUN}/run"
+    return max((run.read_json(path)["epoch"] for path in run.list("/progress.json")), default=0)
+
+
 class ExactValidation(ray.train.DataConfig):
     """Splits training rows equally, so that no worker waits for another, and validation rows exactly."""
 
     def configure(
-        self, datasets: dict[str, ray.data.Dataset], world_size: int, *args: Any, **kwargs: Any
+        self,
+        datasets: dict[str, ray.data.Dataset],
+        world_size: int,
+        worker_handles: Any,
+        worker_node_ids: list[str] | None,
+        **kwargs: Any,
     ) -> list[dict[str, ray.data.DataIterator]]:
-        """Give each worker its streams."""
+        """Give each worker its streams, of blocks on its own node as far as there are any."""
         splits = {
-            name: dataset.streaming_split(world_size, equal=name == "train")
+            name: dataset.streaming_split(world_size, equal=name == "train", locality_hints=worker_node_ids)
             for name, dataset in datasets.items()
         }
         return [{name: split[rank] for name, split in splits.items()} for rank in range(world_size)]

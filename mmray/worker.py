@@ -71,9 +71,14 @@ def train_worker(config: dict[str, Any]) -> None:
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             state = learner.load(Path(folder))
+        learner.num_steps = state["epoch"] * num_steps  # the checkpoint may be of another number of workers
     train, val = ray.train.get_dataset_shard("train"), ray.train.get_dataset_shard("val")
     collate = Collate(tokenizer_of(job.start.tokenizer_files), job.model.max_tokens)
-    stream = {"batch_size": batch_size, "collate_fn": collate}
+    stream = {
+        "batch_size": batch_size,
+        "collate_fn": collate,
+        "device": "cpu",
+    }  # inputs_of() copies to the GPU
     news = News(job.news if rank == 0 else None)
     while state["epoch"] < job.train.epochs and state["stale"] < job.train.patience:
         epoch = state["epoch"] + 1
@@ -151,20 +156,16 @@ def validate(learner: Learner, batches: Batches, vocabulary: Vocabulary) -> dict
         for buffer in learner.averaged.buffers():
             torch.distributed.broadcast(buffer, 0)
     num_labels = len(vocabulary)
-    scores, targets, valid = (
-        np.zeros((0, num_labels), np.float32),
-        np.zeros((0, num_labels), bool),
-        np.zeros(0, bool),
-    )
+    parts = [(np.zeros((0, num_labels), np.float32), np.zeros((0, num_labels), np.uint8), np.zeros(0, bool))]
     for batch in batches:
-        scores = np.concatenate([scores, learner.score(inputs_of(batch, learner.device))])
-        targets = np.concatenate([targets, batch["targets"].numpy().astype(bool)])
-        valid = np.concatenate([valid, batch["valid"].numpy()])
-    scores *= valid[:, None]
+        scores = learner.score(inputs_of(batch, learner.device))
+        parts.append((scores, batch["targets"].numpy(), batch["valid"].numpy()))
+    scores, targets, valid = (np.concatenate(part) for part in zip(*parts, strict=True))
+    scores = scores * valid[:, None]
 
     def count(threshold: float) -> Counts:
         decided, fell_back = decide(scores, np.full(num_labels, threshold))
-        counts = Counts.of(scores, targets, decided & valid[:, None], fell_back & valid)
+        counts = Counts.of(scores, targets.astype(bool), decided & valid[:, None], fell_back & valid)
         vector = torch.from_numpy(counts.to_vector()).to(learner.device)
         add_up(vector)
         return Counts.from_vector(vector.cpu().numpy(), num_labels)

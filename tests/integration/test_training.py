@@ -72,7 +72,7 @@ def test_two_workers_on_uneven_rows_measure_what_one_process_measures(scenes, tm
 @pytest.mark.usefixtures("cluster")
 def test_each_epoch_reads_every_row_once_in_another_order(scenes):
     rows = Rows.find(scenes["train"], Columns())
-    stream = rows.dataset(["caption", "labels"], seed=7).streaming_split(1)[0]
+    stream = rows.dataset(["caption", "labels"], seed=(7,)).streaming_split(1)[0]
     epochs = [[batch["draw"][0] for batch in stream.iter_batches(batch_size=None)] for _ in range(2)]
     assert epochs[0] != epochs[1]
     captions = [

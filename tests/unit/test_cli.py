@@ -12,9 +12,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from mmray.cli import at_edge, find_error, job, options
+from mmray.cli import at_edge, job, options
 from mmray.config import option
-from mmray.errors import BudgetError, ConfigError, DataError, MmrayError
+from mmray.errors import BudgetError, ConfigError, DataError, MmrayError, find_error
 
 REPOSITORY = Path(__file__).parents[2]
 JOBS = sorted(path.name for path in (REPOSITORY / "jobs").glob("*.py"))

@@ -18,7 +18,7 @@ FLOORS = [
         *("bundle", "labeler", "learner", "cli"),
     ],
     # 2: on Ray Data and Ray Train
-    ["datasets", "worker", "training", "shards", "labeling", "verify"],
+    ["datasets", "worker", "training", "shards", "scoring", "labeling", "verify"],
     # 3: one module for each further job
     ["prepare", "evaluate", "demo", "self_train", "ablate", "report", "export", "bench"],
 ]
