@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import logging
 import os
+import signal
 import sys
 import types
 import typing
@@ -152,6 +153,9 @@ def cluster() -> Iterator[None]:
             ray.init(
                 log_to_driver=not quiet, logging_level="ERROR" if quiet else "INFO", include_dashboard=False
             )
+        signal.signal(
+            signal.SIGTERM, _interrupt
+        )  # ray.init() set its own, which exits with the signal's number
     if quiet:
         for name in ("ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.ERROR)
@@ -160,6 +164,10 @@ def cluster() -> Iterator[None]:
     finally:
         if started_here:
             ray.shutdown()
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 @contextmanager

@@ -249,7 +249,8 @@ class Rows:
         needed = {flags[name]: getattr(columns, name) for name in needs}
         for file, schema in described:
             require_columns(schema, needed, f"{folder}/{file.path}")
-            require_kinds(schema, columns.image, columns.caption, f"{folder}/{file.path}")
+            if "image" in needs:
+                require_kinds(schema, columns.image, columns.caption, f"{folder}/{file.path}")
         rows = cls(folder, tuple(file for file, _ in described if file.num_rows), columns)
         if not rows.files:
             raise DataError(f"{uri}: its {len(files)} files hold no row")

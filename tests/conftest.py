@@ -90,10 +90,10 @@ def s3_socket() -> socket.socket:
 
 
 @pytest.fixture(scope="session")
-def make_bundle() -> Callable[..., str]:
+def make_bundle(draw_rows: Callable[..., pa.Table]) -> Callable[..., str]:
     """Give `make(folder, labels=..., fusion=...) -> its path`: a tiny bundle that was never trained.
 
-    Its scores spread over all of 0 to 1, some rows reach no threshold, and no two labels share one.
+    Its thresholds are such that each label is decided for some rows, and none for some others.
     """
 
     def make(folder: Path, labels: tuple[Any, ...] = LABELS, fusion: str = "cross-attention") -> str:
@@ -102,6 +102,7 @@ def make_bundle() -> Callable[..., str]:
         from mmray.bundle import save_bundle, tokenizer_files
         from mmray.captions import train_tokenizer
         from mmray.config import ModelConfig
+        from mmray.labeler import Labeler
         from mmray.model import build_model, describe_encoder
         from mmray.schema import Vocabulary
         from mmray.storage import Folder
@@ -124,17 +125,20 @@ def make_bundle() -> Callable[..., str]:
         with torch.no_grad():
             for parameter in list(model.head.parameters())[-2:]:  # the output layer
                 parameter *= 6
-        save_bundle(
-            Folder(str(folder)),
-            model_config=config,
-            text_config=text_config,
-            vocabulary=Vocabulary(labels),
-            thresholds=np.linspace(0.9, 0.97, len(labels)),
-            tokenizer_files=tokenizer_files(tokenizer),
-            weights=model.state_dict(),
-            metrics={},
-            card="",
-        )
+        parts: dict[str, Any] = {
+            "model_config": config,
+            "text_config": text_config,
+            "vocabulary": Vocabulary(labels),
+            "tokenizer_files": tokenizer_files(tokenizer),
+            "weights": model.state_dict(),
+            "metrics": {},
+            "card": "",
+        }
+        save_bundle(Folder(str(folder)), thresholds=np.full(len(labels), 0.5), **parts)
+        rows = draw_rows(60, 99)
+        seen = Labeler.load(str(folder))(rows["image"].to_pylist(), rows["caption"].to_pylist())
+        thresholds = np.quantile(seen.scores.astype(np.float64), 0.85, axis=0)
+        save_bundle(Folder(str(folder)), thresholds=thresholds, **parts)
         return str(folder)
 
     return make
