@@ -52,6 +52,7 @@ def find_error(error: BaseException) -> MmrayError | None:
             # Ray's RayTaskError(X) is an X too, but its text is a traceback: go on to what it wraps.
             cause = getattr(candidate, "cause", None)
             if not isinstance(cause, MmrayError):
+                candidate.args = (str(candidate).partition("\n")[0],)  # Ray Data appends advice of its own
                 return candidate
         queue += [candidate.__cause__, candidate.__context__, getattr(candidate, "cause", None)]
         failures = getattr(candidate, "worker_failures", None)  # Ray Train keeps the workers' errors here

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,17 +48,13 @@ class Expected:
     vocabulary: Vocabulary
     kept: KeptScores
     bundle: str
-    listed: dict[str, dict[str, Any]]
-    """What the manifest says of each file."""
 
     @classmethod
-    def of(cls, plan: Plan, manifest: dict[str, Any]) -> Expected:
-        """Take it from the settings of a plan, and the files of a manifest."""
-        settings = plan.settings
-        listed = {file["path"]: file for file in manifest["files"]}
+    def of(cls, settings: dict[str, Any]) -> Expected:
+        """Take it from the settings of a plan."""
         vocabulary = Vocabulary(tuple(settings["labels"]))
         kept = KeptScores.parse(settings["scores"])
-        return cls(settings["columns"]["image"], vocabulary, kept, settings["bundle"], listed)
+        return cls(settings["columns"]["image"], vocabulary, kept, settings["bundle"])
 
 
 def verify_dataset(input_uri: str, output_uri: str) -> Verification:
@@ -78,14 +75,17 @@ def verify_dataset(input_uri: str, output_uri: str) -> Verification:
     labeled = {path for path in present if visible(path) and path.endswith(".parquet")}
     problems = list(_compare_lists(plan, manifest, files, labeled))
     checkable = [file for file in plan.files if file.path in labeled and file.path in files]
-    expected = Expected.of(plan, manifest)
+    listed = {file["path"]: file for file in manifest["files"]}
+    expected = Expected.of(plan.settings)
 
-    def check(row: dict[str, Any]) -> list[dict[str, str]]:
-        file = DataFile.from_json(row["item"])
-        return [{"problem": problem} for problem in check_file(source, output, file, expected)]
+    def check(row: dict[str, str]) -> list[dict[str, str]]:
+        file, entry = DataFile.from_json(row["file"]), json.loads(row["listed"])
+        return [{"problem": problem} for problem in check_file(source, output, file, entry, expected)]
 
     if checkable:
-        items = ray.data.from_items([file.to_json() for file in checkable])
+        items = ray.data.from_items(
+            [{"file": file.to_json(), "listed": json.dumps(listed.get(file.path, {}))} for file in checkable]
+        )
         problems += [row["problem"] for row in items.flat_map(check, num_cpus=0.5).take_all()]
     return Verification(len(plan.files), plan.num_rows, sorted(problems))
 
@@ -117,9 +117,11 @@ def _compare_lists(
         yield f"{MANIFEST}: other than the plan and the files say: {difference}"
 
 
-def check_file(source: Folder, output: Folder, file: DataFile, expected: Expected) -> Iterator[str]:
-    """Check one labeled file; yields its problems."""
-    data, listed = output.read(file.path), expected.listed.get(file.path, {})
+def check_file(
+    source: Folder, output: Folder, file: DataFile, listed: dict[str, Any], expected: Expected
+) -> Iterator[str]:
+    """Check one labeled file against the input, the manifest and the rules; yields its problems."""
+    data = output.read(file.path)
     sha256 = hashlib.sha256(data).hexdigest()
     if sha256 != listed.get("sha256"):
         yield f"{file.path}: its bytes are not those of the manifest"
