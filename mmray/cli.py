@@ -158,7 +158,7 @@ def cluster() -> Iterator[None]:
         )  # ray.init() set its own, which exits with the signal's number
     if quiet:
         for name in ("ray.data", "ray.train", "ray.tune"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # an error is told at the edge, in a line
     try:
         yield
     finally:

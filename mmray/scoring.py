@@ -22,7 +22,7 @@ from ray.data.block import BlockMetadata
 from mmray.bundle import Bundle
 from mmray.config import Columns, ComputeConfig, LabelConfig, Workers
 from mmray.datasets import MAX_SHARD_BYTES, DataFile, Unit, read_units
-from mmray.errors import ConfigError
+from mmray.errors import ConfigError, MmrayError
 from mmray.schema import KeptScores, image_bytes, output_schema, passthrough_names, prediction_fields
 from mmray.shards import Shard, Work, shards_of
 from mmray.storage import Folder
@@ -164,12 +164,22 @@ class ScoreShards:
         self.columns, self.kept = columns, KeptScores.parse(config.scores)
         self.bundle, self.fingerprint = bundle, bundle.fingerprint
         assert config.precision is not None
-        self.labeler = Labeler(
-            bundle, batch_size=config.batch_size, precision=config.precision, num_threads=num_threads
-        )
+        self.refusal: MmrayError | None = None
+        try:
+            self.labeler = Labeler(
+                bundle, batch_size=config.batch_size, precision=config.precision, num_threads=num_threads
+            )
+        except MmrayError as error:  # damaged weights; raised here, Ray would pass on no more than its text
+            self.refusal = error
 
     def __call__(self, packed: pa.Table) -> Iterator[pa.Table]:
-        """Score shards."""
+        """Score shards.
+
+        Raises:
+            BundleError: the weights are damaged or belong to another model.
+        """
+        if self.refusal:
+            raise self.refusal
         for file, shard, rows in unpack(packed):
             yield pack(file, shard.first, shard.end, self.label(rows))
 
