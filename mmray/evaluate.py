@@ -16,10 +16,11 @@ from rich.table import Table
 
 from mmray.bundle import Bundle
 from mmray.config import Columns, ComputeConfig, LabelConfig, ScoringConfig, make
-from mmray.datasets import DataFile, Rows, read_footer, read_units
+from mmray.datasets import Rows
 from mmray.decisions import decide
 from mmray.errors import DataError, OutputError
 from mmray.metrics import Counts
+from mmray.parquet import DataFile, read_footer, read_units
 from mmray.schema import Vocabulary, output_name, require_columns
 from mmray.scoring import Pool, score_shards, small_blocks, unpack
 from mmray.shards import Plan, Work

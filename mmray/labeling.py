@@ -23,15 +23,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mmray.bundle import Bundle
 from mmray.config import Columns, ComputeConfig, LabelConfig
-from mmray.datasets import (
+from mmray.errors import BudgetError, OutputError, find_error
+from mmray.images import DECODER
+from mmray.parquet import (
     MAX_SHARD_BYTES,
     MAX_SHARD_ROWS,
     DataFile,
     describe_files,
     find_files,
 )
-from mmray.errors import BudgetError, OutputError, find_error
-from mmray.images import DECODER
 from mmray.progress import Progress
 from mmray.schema import (
     Status,

@@ -21,8 +21,8 @@ from ray.data.block import BlockMetadata
 
 from mmray.bundle import Bundle
 from mmray.config import Columns, ComputeConfig, LabelConfig, Workers
-from mmray.datasets import MAX_SHARD_BYTES, DataFile, Unit, read_units
 from mmray.errors import ConfigError, MmrayError
+from mmray.parquet import MAX_SHARD_BYTES, DataFile, Unit, read_units
 from mmray.schema import KeptScores, image_bytes, output_schema, passthrough_names, prediction_fields
 from mmray.shards import Shard, Work, shards_of
 from mmray.storage import Folder

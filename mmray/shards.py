@@ -29,8 +29,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmray.config import differences, fingerprint
-from mmray.datasets import DataFile, Unit
 from mmray.errors import DataError, OutputError
+from mmray.parquet import DataFile, Unit
 from mmray.schema import REJECTED
 from mmray.storage import Folder
 

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import ray.data
 
 from mmray.config import differences
-from mmray.datasets import DataFile, find_files, read_footer, read_units
 from mmray.errors import DataError, OutputError
+from mmray.parquet import DataFile, find_files, read_footer, read_units
 from mmray.schema import (
     KeptScores,
     Status,

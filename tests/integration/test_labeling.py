@@ -17,11 +17,11 @@ from click.testing import CliRunner
 
 from mmray.bundle import Bundle
 from mmray.config import Columns, LabelConfig
-from mmray.datasets import describe_files, find_files
 from mmray.decisions import decide
 from mmray.errors import DataError, OutputError
 from mmray.labeler import Labeler
 from mmray.labeling import label_dataset
+from mmray.parquet import describe_files, find_files
 from mmray.schema import PREDICTION_COLUMNS
 from mmray.shards import Committer, Plan, Shard
 from mmray.storage import Folder

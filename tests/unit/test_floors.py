@@ -14,11 +14,22 @@ FLOORS = [
     ["errors", "schema", "config"],
     # 1: everything that works without Ray
     [
-        *("storage", "progress", "images", "captions", "model", "losses", "metrics", "decisions"),
+        *(
+            "storage",
+            "parquet",
+            "shards",
+            "progress",
+            "images",
+            "captions",
+            "model",
+            "losses",
+            "metrics",
+            "decisions",
+        ),
         *("bundle", "labeler", "learner", "cli"),
     ],
     # 2: on Ray Data and Ray Train
-    ["datasets", "worker", "training", "shards", "scoring", "labeling", "verify"],
+    ["datasets", "worker", "training", "scoring", "labeling", "verify"],
     # 3: one module for each further job
     ["prepare", "evaluate", "demo", "self_train", "ablate", "report", "export", "bench"],
 ]

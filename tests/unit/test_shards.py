@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmray.datasets import DataFile
 from mmray.errors import DataError, OutputError
+from mmray.parquet import DataFile
 from mmray.shards import (
     MANIFEST,
     PIECES,

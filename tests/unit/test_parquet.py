@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmray import datasets
-from mmray.datasets import (
+from mmray import parquet
+from mmray.errors import DataError
+from mmray.parquet import (
     FOOTER_GUESS_BYTES,
     MAX_SHARD_BYTES,
     MAX_SHARD_ROWS,
@@ -24,7 +25,6 @@ from mmray.datasets import (
     read_footer,
     read_units,
 )
-from mmray.errors import DataError
 from mmray.storage import Folder
 
 SMALL = st.tuples(st.integers(1, 400), st.integers(0, 60 << 20))
@@ -160,7 +160,7 @@ def test_units_are_read_with_exactly_their_rows_in_any_layout(tmp_path_factory, 
     sizes = st.integers(0, 40) | st.sampled_from([0, 1, 999, 1000, 1001, 2500])
     row_groups = data.draw(st.lists(sizes, max_size=6))
     table = make_table(sum(row_groups))
-    with patch.object(datasets, "MAX_SHARD_BYTES", data.draw(st.sampled_from([100, 2000, 1 << 30]))):
+    with patch.object(parquet, "MAX_SHARD_BYTES", data.draw(st.sampled_from([100, 2000, 1 << 30]))):
         file = write(folder, "a/b.parquet", table, row_groups)
     assert file.num_rows == table.num_rows
     units = [unit for unit in file.units if data.draw(st.booleans())]

@@ -1,0 +1,222 @@
+"""Parquet files: found, described by their footers, cut into shards, read in a stream. Without Ray.
+
+A *shard* is a range of rows of one file, the unit that is scored and committed. A *unit* is one or more
+shards that whole row groups hold, the unit that is read: a row group of 10,000 images is read once, in a
+stream, and given out as ten shards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmray.errors import DataError
+from mmray.storage import Folder, visible
+
+MAX_SHARD_ROWS = 1000
+MAX_SHARD_BYTES = 128 << 20
+FOOTER_GUESS_BYTES = 64 << 10
+READ_BUFFER_BYTES = 8 << 20
+
+Unit = tuple[int, ...]
+"""Rows at which the shards of a unit begin, and the row at which the last one ends."""
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One Parquet file, as its footer describes it."""
+
+    path: str
+    size_bytes: int
+    num_rows: int
+    footer_sha256: str
+    image_bytes: int
+    units: tuple[Unit, ...]
+
+    @property
+    def shards(self) -> list[tuple[int, int]]:
+        """First and end row of each shard, in order."""
+        return [bounds for unit in self.units for bounds in pairwise(unit)]
+
+    def to_json(self) -> str:
+        """Write the file's description as JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> DataFile:
+        """Read what `to_json` wrote."""
+        record = json.loads(text)
+        return cls(**record | {"units": tuple(map(tuple, record["units"]))})
+
+
+def find_files(uri: str) -> tuple[Folder, dict[str, int]]:
+    """Find the Parquet files of an input: below a folder, or the one file that the URI names.
+
+    Returns:
+        The folder, and relative path -> size in bytes, sorted. Paths with a part that begins with `_` or `.`
+        are no data.
+
+    Raises:
+        DataError: there is none.
+    """
+    folder = Folder(uri)
+    files = {path: size for path, size in folder.list(".parquet").items() if visible(path)}
+    if not files and folder.uri.endswith(".parquet"):
+        parent, _, name = folder.uri.rpartition("/")
+        folder = Folder(parent or "/")
+        files = {path: size for path, size in folder.list(".parquet").items() if path == name}
+    if not files:
+        raise DataError(f"{uri}: no .parquet file there; prepare.py makes a dataset of images and captions")
+    return folder, files
+
+
+def describe_files(
+    folder: Folder, files: dict[str, int], image_column: str
+) -> list[tuple[DataFile, pa.Schema]]:
+    """Read footers, many at a time, and cut the files into shards.
+
+    Raises:
+        DataError: a footer is corrupt; names the file.
+    """
+
+    def describe(item: tuple[str, int]) -> tuple[DataFile, pa.Schema]:
+        path, size = item
+        metadata, sha256 = read_footer(folder, path, size)
+        with _parsing(f"{folder}/{path}"):
+            groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+            sizes = [(group.num_rows, _column_bytes(group, image_column)) for group in groups]
+            schema = metadata.schema.to_arrow_schema()
+        total = sum(size for _, size in sizes)
+        return DataFile(path, size, metadata.num_rows, sha256, total, cut_shards(sizes)), schema
+
+    with ThreadPoolExecutor(32) as threads:
+        return list(threads.map(describe, files.items()))
+
+
+def read_footer(folder: Folder, path: str, size_bytes: int) -> tuple[pq.FileMetaData, str]:
+    """Read a file's footer, mostly in one request.
+
+    Returns:
+        The metadata, and the sha256 of the footer's bytes.
+
+    Raises:
+        DataError: the file is no Parquet, is cut short, or is gone.
+    """
+    try:
+        tail = folder.tail(path, size_bytes, FOOTER_GUESS_BYTES)
+        length = int.from_bytes(tail[-8:-4], "little") + 8
+        if tail[-4:] != b"PAR1" or length > size_bytes:
+            raise DataError(f"{folder}/{path}: no Parquet footer; the file is damaged or of another format")
+        if length > len(tail):
+            tail = folder.tail(path, size_bytes, length)
+    except FileNotFoundError:
+        raise DataError(f"{folder}/{path}: the file is gone") from None
+    footer = tail[-length:]
+    with _parsing(f"{folder}/{path}"):
+        metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
+    return metadata, hashlib.sha256(footer).hexdigest()
+
+
+@contextmanager
+def _parsing(file: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:  # Thrift and text complain in their own kinds
+        reason = " ".join(str(error).split())
+        raise DataError(f"{file}: the Parquet footer is damaged ({reason})") from None
+
+
+def cut_shards(row_groups: Sequence[tuple[int, int]]) -> tuple[Unit, ...]:
+    """Cut a file into units of shards.
+
+    Small row groups that follow one another share a shard; a large one becomes several shards of one unit.
+
+    Args:
+        row_groups: number of rows and of encoded image bytes of each.
+    """
+    units: list[Unit] = []
+    first, shared_bytes = 0, 0
+    end = 0
+    for num_rows, num_bytes in row_groups:
+        fits = end + num_rows - first <= MAX_SHARD_ROWS and shared_bytes + num_bytes <= MAX_SHARD_BYTES
+        if not fits and end > first:
+            units.append((first, end))
+            first, shared_bytes = end, 0
+        parts = max(-(-num_rows // MAX_SHARD_ROWS), -(-num_bytes // MAX_SHARD_BYTES))
+        if parts > 1:
+            parts = min(parts, num_rows)
+            units.append(tuple(end + num_rows * part // parts for part in range(parts + 1)))
+            first, shared_bytes = end + num_rows, -num_bytes
+        end += num_rows
+        shared_bytes += num_bytes
+    if end > first or not units:
+        units.append((first, end))
+    return tuple(units)
+
+
+def read_units(
+    folder: Folder, file: DataFile, units: Iterable[Unit], columns: Sequence[str] | None = None
+) -> Iterator[tuple[int, int, pa.Table]]:
+    """Read units of one file, shard by shard.
+
+    Args:
+        folder: of the file.
+        file: what its footer said when it was planned.
+        units: of the file.
+        columns: to read; None reads all.
+
+    Yields:
+        First row, end row, and the rows between as a table, in the file's own types.
+
+    Raises:
+        DataError: the file is not the one that was planned.
+    """
+    metadata, sha256 = read_footer(folder, file.path, file.size_bytes)
+    if sha256 != file.footer_sha256:
+        raise DataError(f"{folder}/{file.path} has changed since it was planned; label it as a new dataset")
+    starts = np.cumsum([0] + [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)])
+    with folder.open(file.path) as source:
+        # Without pre_buffer a large row group is read as it is decoded, not held as a whole.
+        parquet = pq.ParquetFile(source, metadata=metadata, pre_buffer=False, buffer_size=READ_BUFFER_BYTES)
+        schema = parquet.schema_arrow
+        if columns is not None:
+            schema = pa.schema([schema.field(name) for name in columns], metadata=schema.metadata)
+        for unit in units:
+            groups = [
+                index
+                for index in range(metadata.num_row_groups)
+                if starts[index] < unit[-1] and starts[index + 1] > unit[0]
+            ]
+            batches = parquet.iter_batches(
+                batch_size=min(MAX_SHARD_ROWS, max(1, unit[1] - unit[0])), row_groups=groups, columns=columns
+            )
+            yield from _regroup(batches, unit, schema)
+
+
+def _regroup(
+    batches: Iterator[pa.RecordBatch], unit: Unit, schema: pa.Schema
+) -> Iterator[tuple[int, int, pa.Table]]:
+    held: list[pa.RecordBatch] = []
+    for first, end in pairwise(unit):
+        while (num_held := sum(batch.num_rows for batch in held)) < end - first:
+            held.append(next(batches))
+        table = pa.Table.from_batches(held, schema=schema)
+        yield first, end, table.slice(0, end - first)
+        held = table.slice(end - first).to_batches() if num_held > end - first else []
+
+
+def _column_bytes(group: Any, name: str) -> int:
+    columns = (group.column(index) for index in range(group.num_columns))
+    return sum(
+        column.total_uncompressed_size for column in columns if column.path_in_schema.split(".")[0] == name
+    )
