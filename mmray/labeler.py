@@ -14,6 +14,7 @@ from mmray.bundle import Bundle
 from mmray.captions import is_blank, tokenize
 from mmray.decisions import decide
 from mmray.errors import ConfigError, DataError
+from mmray.faults import moment
 from mmray.images import View, decode_image
 from mmray.model import Inputs
 from mmray.schema import Status
@@ -162,6 +163,7 @@ def decode_row(
         size_px: side of the square.
         view: what augmentation drew, in training.
     """
+    moment("decode", caption or "")
     pixels, status, error = None, Status.OK, None
     if fusion != "text":
         try:

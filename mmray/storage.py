@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 import fsspec
 
 from mmray.errors import ConfigError, DataError
+from mmray.faults import moment
 
 LIST_PAGE = 1000
 """Keys that one LIST request of S3 returns."""
@@ -134,6 +135,7 @@ class Folder:
     def publish(self, path: str, data: bytes | Path) -> None:
         """Put a file in place at once, over what was there: the bytes, or a local file's."""
         target = self.path(path)
+        moment("before publish", path)
         with translated(self.uri):
             if self.is_local:
                 _publish_locally(target, data)
@@ -141,19 +143,20 @@ class Folder:
                 self.filesystem.put_file(str(data), target)
             else:
                 self.filesystem.pipe_file(target, data)
+        moment("after publish", path)
 
     def remove(self, paths: Iterable[str]) -> None:
         """Remove files; those that are gone already do not matter."""
-        targets = [self.path(path) for path in paths]
+        targets = {path: self.path(path) for path in paths}
         with translated(self.uri):
-            if not self.is_local:
-                if targets:
-                    with suppress(FileNotFoundError):
-                        self.filesystem.rm([glob.escape(target) for target in targets])  # `rm` takes patterns
-                return
-            for target in targets:
-                Path(target).unlink(missing_ok=True)
-                _prune(Path(target).parent, Path(self.root))
+            for path, target in targets.items():
+                moment("before remove", path)
+                if self.is_local:
+                    Path(target).unlink(missing_ok=True)
+                    _prune(Path(target).parent, Path(self.root))
+            if targets and not self.is_local:
+                with suppress(FileNotFoundError):
+                    self.filesystem.rm([glob.escape(target) for target in targets.values()])  # takes patterns
 
     def arrow(self) -> tuple[Any, str]:
         """Give the folder as pyarrow and Ray Train take it: a pyarrow file system, and a path in it."""

@@ -11,7 +11,7 @@ HOUSE = Path(__file__).parents[2] / "mmray"
 
 FLOORS = [
     # 0: the contract
-    ["errors", "schema", "config"],
+    ["errors", "faults", "schema", "config"],
     # 1: everything that works without Ray
     [
         *(
