@@ -166,6 +166,9 @@ class LabelConfig(ScoringConfig):
     max_failed_fraction: float = option(0.01, "Stop when more of the planned rows than this have failed.")
     scores: str = option("all", "Scores to keep: all, top-K or none.")
     limit: int | None = option(None, "Label only the first N rows.")
+    skip_unreadable_files: bool = option(
+        False, "Leave out input files without a readable footer.", flag="--skip-unreadable-files"
+    )
 
     def __post_init__(self) -> None:
         """Refuse what cannot label."""

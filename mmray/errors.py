@@ -10,6 +10,10 @@
 A job ends with the `exit_status` of the error that reached its edge (see `mmray.cli`).
 """
 
+from __future__ import annotations
+
+import json
+
 
 class MmrayError(Exception):
     """Base of all errors that a user can mend."""
@@ -58,3 +62,19 @@ def find_error(error: BaseException) -> MmrayError | None:
         failures = getattr(candidate, "worker_failures", None)  # Ray Train keeps the workers' errors here
         queue += list(failures.values()) if isinstance(failures, dict) else []
     return None
+
+
+def to_json(error: Exception) -> str:
+    """Write an error as its kind and its text: one that Ray raises holds frames, actors and their CPUs."""
+    return json.dumps({"kind": type(error).__name__, "message": " ".join(str(error).split())})
+
+
+def from_json(text: str) -> Exception:
+    """Read what `to_json` wrote: a user's error as it was, any other as a RuntimeError naming its kind."""
+    record = json.loads(text)
+    kinds: list[type[MmrayError]] = [MmrayError]
+    for kind in kinds:  # grows by the subclasses of what it has
+        if kind.__name__ == record["kind"]:
+            return kind(record["message"])
+        kinds += kind.__subclasses__()
+    return RuntimeError(f"{record['kind']}: {record['message']}")

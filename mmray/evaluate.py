@@ -21,9 +21,9 @@ from mmray.decisions import decide
 from mmray.errors import DataError, OutputError
 from mmray.metrics import Counts
 from mmray.parquet import DataFile, read_footer, read_units
+from mmray.plan import Plan, Work
 from mmray.schema import Vocabulary, output_name, require_columns
-from mmray.scoring import Pool, score_shards, small_blocks, unpack
-from mmray.shards import Plan, Work
+from mmray.scoring import Pool, Scorer, score_shards, streaming, unpack
 from mmray.storage import Folder
 
 log = logging.getLogger(__name__)
@@ -93,14 +93,16 @@ def evaluate_model(
     config = pool.settle_precision(make(LabelConfig, asdict(scoring or ScoringConfig())))
     rows = Rows.find(data_uri, columns)
     rule = Rule(bundle.vocabulary, bundle.thresholds, scored=True)
-    work = Work([(file, list(file.units)) for file in rows.files], set(), [], [])
+    work = Work([(file, list(file.units)) for file in rows.files], set(), [])
 
     def count(packed: pa.Table) -> Iterator[pa.Table]:
-        for _, _, labeled in unpack(packed):
-            yield _vector(rule.count(labeled[output_name(columns.labels)], labeled))
+        for parcel in unpack(packed):
+            if parcel.error or parcel.rows is None:
+                raise parcel.error or AssertionError("a parcel holds rows or an error")
+            yield _vector(rule.count(parcel.rows[output_name(columns.labels)], parcel.rows))
 
-    with small_blocks():
-        scored = score_shards(rows.folder, work, bundle, columns, config, pool)
+    with streaming():
+        scored = score_shards(rows.folder, work, Scorer(bundle, columns, config, pool))
         counts = scored.map_batches(count, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
         return rule.summary(_vectors(counts))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from typing import Any, NamedTuple
@@ -20,6 +20,14 @@ from mmray.model import Inputs
 from mmray.schema import Status
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+DECODE_TIMEOUT_S = 60
+"""A row that takes longer hangs; the largest image that is decoded takes some seconds."""
+
+
+class HungError(Exception):
+    """Decoding a row did not end."""
 
 
 class Labeled(NamedTuple):
@@ -49,6 +57,10 @@ class Row(NamedTuple):
     error: str | None
 
 
+Decode = Callable[[bytes | None, str | None, str, int], Row]
+"""Decodes (image, caption, fusion, size_px), as `decode_row` does."""
+
+
 class Labeler:
     """Labels batches. Decoding runs in threads beside the model, one batch ahead of it."""
 
@@ -60,6 +72,7 @@ class Labeler:
         device: str | None = None,
         precision: str = "fp32",
         num_threads: int | None = None,
+        decode: Decode | None = None,
     ) -> None:
         """Load the bundle's model.
 
@@ -69,6 +82,7 @@ class Labeler:
             device: such as `cpu` or `cuda` [default: a GPU if there is one].
             precision: `fp32` or `bf16`.
             num_threads: decoding threads [default: torch's own number of threads].
+            decode: what decodes a row [default: `decode_row`].
 
         Raises:
             BundleError: the weights are damaged or belong to another model.
@@ -82,6 +96,7 @@ class Labeler:
         self.dtype = PRECISIONS[precision]
         self.model = bundle.model().to(self.device)
         self.tokenizer = bundle.tokenizer()
+        self.decode = decode or decode_row
         self.threads = ThreadPoolExecutor(num_threads or torch.get_num_threads(), "decode")
 
     @classmethod
@@ -95,6 +110,9 @@ class Labeler:
         Args:
             images: B encoded images, None where there is none.
             captions: B captions, None where there is none.
+
+        Raises:
+            HungError: a row hung its thread; the labeler is one thread short from now on.
         """
         parts = [self._label(rows) for rows in self._decoded(images, captions)]
         if not parts:
@@ -119,14 +137,19 @@ class Labeler:
                 for image, caption in zip(images[start:stop], captions[start:stop], strict=True)
             ]
             if ready:
-                yield [row.result() for row in ready]
+                yield self._results(ready)
         if waiting:
-            yield [row.result() for row in waiting]
+            yield self._results(waiting)
 
     def _decode(self, image: bytes | None, caption: str | None) -> Row:
-        return decode_row(
-            image, caption, self.bundle.model_config.fusion, self.bundle.model_config.image_size
-        )
+        config = self.bundle.model_config
+        return self.decode(image, caption, config.fusion, config.image_size)
+
+    def _results(self, rows: list[Future[Row]]) -> list[Row]:
+        try:
+            return [row.result(DECODE_TIMEOUT_S) for row in rows]
+        except TimeoutError:
+            raise HungError(f"a row was not decoded within {DECODE_TIMEOUT_S} s") from None
 
     def _label(self, rows: list[Row]) -> Labeled:
         valid = np.array([row.status is not Status.FAILED for row in rows])

@@ -2,54 +2,40 @@
 
 from __future__ import annotations
 
-import gc
+import _thread
 import json
 import logging
 import platform
+import signal
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from threading import Event, Thread
-from typing import Any, TypeVar
+from typing import Any
 
-import ray
 import ray.data
-from ray.data import Datasink
-from ray.data.block import Block
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mmray import errors
 from mmray.bundle import Bundle
+from mmray.committing import Tally, commit_shards
 from mmray.config import Columns, ComputeConfig, LabelConfig
-from mmray.errors import BudgetError, OutputError, find_error
+from mmray.errors import OutputError
 from mmray.images import DECODER
-from mmray.parquet import (
-    MAX_SHARD_BYTES,
-    MAX_SHARD_ROWS,
-    DataFile,
-    describe_files,
-    find_files,
-)
+from mmray.lease import Lease
+from mmray.parquet import MAX_SHARD_BYTES, MAX_SHARD_ROWS, DataFile, describe_files, find_files
+from mmray.plan import Plan, cut_to, find_work
 from mmray.progress import Progress
-from mmray.schema import (
-    Status,
-    passthrough_names,
-    require_columns,
-    require_kinds,
-)
-from mmray.scoring import Pool, score_shards, small_blocks, unpack
+from mmray.schema import passthrough_names, require_columns, require_kinds
+from mmray.scoring import Pool, Scorer, score_shards, streaming
 from mmray.shards import (
     MANIFEST,
     SUCCESS,
     Committer,
     FileRecord,
-    Plan,
-    Shard,
-    Work,
-    cut_to,
-    find_work,
+    Records,
     finish,
     finished_manifest,
 )
@@ -57,7 +43,8 @@ from mmray.storage import Folder, visible
 
 log = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
+GRACE_S = 10.0
+"""Time for commits that are under way when the job is told to end."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +69,8 @@ class LabelingResult:
 
 
 def plan_labeling(
-    input_uri: str,
+    folder: Folder,
+    files: dict[str, int],
     bundle: Bundle,
     output: Folder,
     columns: Columns,
@@ -90,19 +78,23 @@ def plan_labeling(
     *,
     extend: bool = False,
     dry_run: bool = False,
-) -> tuple[Folder, Plan]:
+) -> Plan:
     """Find the output's plan, or make and publish it.
 
-    Returns:
-        The input's folder, and the plan.
+    Args:
+        folder: the input.
+        files: in it: relative path -> size in bytes.
+        bundle: what labels.
+        output: of the job.
+        columns: names of the input's columns.
+        config: what is written.
+        extend: also plan files that came later.
+        dry_run: publish nothing.
 
     Raises:
         DataError: the input is unusable, or is not the one that was planned.
         OutputError: the output belongs to another job.
     """
-    folder, files = find_files(input_uri)
-    if f"{output}/".startswith(f"{Folder(input_uri)}/"):
-        raise OutputError(f"{output} lies in the input {folder}: the next run would label its own labels")
     settings = labeling_settings(bundle, columns, config)
     plan = Plan.load(output)
     if plan is None:
@@ -114,11 +106,16 @@ def plan_labeling(
         added = plan.compare_input(files)
         if added and not extend:
             if config.limit is None:
-                log.warning("%d input files came after the plan; --extend labels them too", len(added))
-            return folder, plan
+                later = len(set(added) - set(plan.skipped))
+                if later:
+                    log.warning("%d input files came after the plan; --extend labels them too", later)
+            return plan
     if not added:
-        return folder, plan
-    described = describe_files(folder, added, columns.image)
+        return plan
+    unreadable: dict[str, str] | None = {} if config.skip_unreadable_files else None
+    described = describe_files(folder, added, columns.image, unreadable)
+    for reason in (unreadable or {}).values():
+        log.warning("skipped: %s", reason)
     renamed: dict[str, str] = {}
     for file, schema in described:
         needed = {"--image-column": columns.image, "--caption-column": columns.caption}
@@ -131,9 +128,9 @@ def plan_labeling(
     left = None if config.limit is None else config.limit - plan.num_rows
     new = cut_to((file for file, _ in described), left)
     if dry_run or not new:  # the latter: the limit was reached before these files
-        return folder, replace(plan, files=plan.files + new)
+        return replace(plan, files=plan.files + new)
     output.remove([SUCCESS, MANIFEST] if plan.parts else [])
-    return folder, plan.append(output, new)
+    return plan.append(output, new, unreadable)
 
 
 def labeling_settings(bundle: Bundle, columns: Columns, config: LabelConfig) -> dict[str, Any]:
@@ -186,142 +183,102 @@ def label_dataset(
     started = time.monotonic()
     bundle, output = Bundle.load(model_uri), Folder(output_uri)
     pool = Pool.on_cluster(compute)
-    config = pool.settle_precision(config)
-    folder, plan = plan_labeling(input_uri, bundle, output, columns, config, extend=extend, dry_run=dry_run)
-    work = find_work(output, plan)
-    if dry_run:
-        return LabelingResult(
-            plan.num_rows, {}, len(plan.files), plan.num_shards, plan.num_shards - work.num_pending, 0
+    scorer = Scorer(bundle, columns, pool.settle_precision(config), pool)
+    folder, files = find_files(input_uri)
+    if f"{output}/".startswith(f"{Folder(input_uri)}/"):
+        raise OutputError(f"{output} lies in the input {folder}: the next run would label its own labels")
+    with nullcontext() if dry_run else Lease(output) as lease:
+        plan = plan_labeling(
+            folder, files, bundle, output, columns, scorer.config, extend=extend, dry_run=dry_run
         )
-    manifest = finished_manifest(output, plan)
-    if manifest and not work.pending and not work.unjoined:
-        return LabelingResult(
-            plan.num_rows, manifest["counts"], len(plan.files), plan.num_shards, plan.num_shards, 0
-        )
-    num_resumed = plan.num_shards - work.num_pending
-    if num_resumed:
-        log.info("resuming: %d of %d shards are committed", num_resumed, plan.num_shards)
-    ledger = start_ledger(plan, config)
-    committer = Committer(output, plan.fingerprint)
-    if work.pending:
-        with small_blocks(), watched(ledger, work if progress else None):
-            executed(
-                lambda: score_shards(folder, work, bundle, columns, config, pool).write_datasink(
-                    ShardSink(committer, ledger), ray_remote_args={"num_cpus": 0.25}
-                )
-            )
-    records = complete(committer, plan, ray.get(ledger.records.remote()))
-    totals = sum((Counter(record.counts) for record in records), Counter[str]())
-    check_budget(totals, plan.num_rows, config.max_failed_fraction)
-    manifest = finish(output, plan, records, versions())
+        pending = find_work(output, plan).num_pending
+        manifest = None if dry_run else finished_manifest(output, plan)
+        if lease and not manifest:
+            if committed := plan.num_shards - pending:
+                log.info("resuming: %d of %d shards are committed", committed, plan.num_shards)
+            manifest = label_planned(folder, output, plan, scorer, lease, progress=progress)
+    counts = manifest["counts"] if manifest else {}
     seconds = time.monotonic() - started
-    return LabelingResult(
-        plan.num_rows, manifest["counts"], len(records), plan.num_shards, num_resumed, seconds
-    )
+    num_resumed = plan.num_shards - pending
+    return LabelingResult(plan.num_rows, counts, len(plan.files), plan.num_shards, num_resumed, seconds)
 
 
-def executed(run: Callable[[], Result]) -> Result:
-    """Run something on Ray Data, and raise users' errors as they were raised, without Ray's around them."""
-    try:
-        return run()
-    except Exception as error:
-        known = find_error(error)
-        if known is None:
-            raise
-    # Ray's error holds its frames, these hold the actors, and actors hold CPUs that the next run waits for.
-    gc.collect()
-    raise known
+def label_planned(
+    folder: Folder, output: Folder, plan: Plan, scorer: Scorer, lease: Lease, *, progress: bool
+) -> dict[str, Any]:
+    """Label what a plan still lacks, and finish the output.
 
+    Shards that the first pass loses, since their worker dies with them twice, go through a second one, which
+    decodes each row in a process of its own.
 
-class ShardSink(Datasink[None]):
-    """Commits scored shards, and joins the files that they complete."""
-
-    def __init__(self, committer: Committer, ledger: Any) -> None:
-        """Take who commits and who counts."""
-        self.committer, self.ledger = committer, ledger
-
-    def write(self, blocks: Iterable[Block], ctx: Any) -> None:
-        """Commit the shards of some blocks.
-
-        Raises:
-            BudgetError: too many rows have failed. What is committed stays.
-        """
-        for block in blocks:
-            for file, shard, rows in unpack(block):
-                record = self.committer.commit(shard, rows, file)
-                ray.get(self.ledger.add.remote(shard, Counter(rows["status"].to_pylist()), record))
-
-
-class Ledger:
-    """Counts what this run has committed, for the progress line, the budget and the manifest."""
-
-    def __init__(self, num_rows: int, max_failed_fraction: float) -> None:
-        """Take the budget."""
-        self.num_rows, self.max_failed_fraction = num_rows, max_failed_fraction
-        self.shards: set[Shard] = set()
-        self.files: dict[str, FileRecord] = {}
-        self.counts: Counter[str] = Counter()
-
-    def add(self, shard: Shard, counts: dict[str, int], record: FileRecord | None) -> None:
-        """Note a committed shard; one that a retry commits again counts once.
-
-        Raises:
-            BudgetError: too many rows have failed.
-        """
-        if shard not in self.shards:
-            self.shards.add(shard)
-            self.counts.update(counts)
-        if record:
-            self.files[record.path] = record
-        check_budget(self.counts, self.num_rows, self.max_failed_fraction)
-
-    def state(self) -> tuple[int, dict[str, int]]:
-        """Give the shards that were committed, and the rows by status."""
-        return len(self.shards), self.counts
-
-    def records(self) -> dict[str, FileRecord]:
-        """Give the files that were completed."""
-        return self.files
-
-
-def start_ledger(plan: Plan, config: LabelConfig) -> Any:
-    """Start the ledger on the driver's own node: it must not be lost with a node that comes and goes."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, scheduling_strategy=here)(Ledger)
-    return actor.remote(plan.num_rows, config.max_failed_fraction)
-
-
-def check_budget(counts: Mapping[str, int], num_rows: int, max_failed_fraction: float) -> None:
-    """Hold the failed rows against the budget.
+    Returns:
+        The manifest.
 
     Raises:
-        BudgetError: they are above it.
+        BudgetError: too many rows have failed.
+        OutputError: another job has taken the output over, or a file in it is not this job's.
     """
-    failed = counts.get(Status.FAILED, 0)
-    if failed > max_failed_fraction * num_rows:
-        raise BudgetError(
-            f"{failed} of {num_rows} rows failed, above --max-failed-fraction {max_failed_fraction}; "
-            f"the reasons stand in the output's error column and, for joined files, in _mmray/rejected/"
-        )
+    committer, records = Committer(output, plan.fingerprint), Records(output)
+    tally = Tally(plan, committer, records, scorer.config.max_failed_fraction)
+    for isolated in (False, True):
+        work = find_work(output, plan)
+        if not work.pending and not work.unjoined:
+            break
+        if isolated:
+            log.warning("%d shards were lost; their rows are now decoded one by one", work.num_pending)
+        with streaming(tolerant=not isolated), ending_gently(), _shown(work.num_rows, progress) as line:
+            scored = score_shards(folder, work, scorer._replace(isolated=isolated))
+            with closing(commit_shards(scored, committer)) as outcomes:
+                tally.run(outcomes if work.pending else (), work, lease, line)
+    if tally.errors:
+        raise tally.errors[0]
+    read_back(committer, plan, records)
+    tally.check_budget(sum((Counter(records.found[file.path].counts) for file in plan.files), Counter()))
+    lease.check()
+    return finish(output, plan, [records.found[file.path] for file in plan.files], versions())
 
 
-def complete(committer: Committer, plan: Plan, records: dict[str, FileRecord]) -> list[FileRecord]:
-    """Join what is left to join, and read back the files that earlier runs completed.
+def read_back(committer: Committer, plan: Plan, records: Records) -> None:
+    """Fill in the records of files that a run completed which was killed before it could publish them.
 
     Raises:
-        OutputError: a file is not of this job, or shards are still missing.
+        OutputError: a file is not of this job.
     """
 
-    def read_back(row: dict[str, Any]) -> dict[str, Any]:
-        file = DataFile.from_json(row["item"])
-        record = committer.join(file) if len(file.shards) > 1 else None
-        return {"record": json.dumps(record or committer.describe(file))}
+    def describe(row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return {"record": json.dumps(committer.describe(DataFile.from_json(row["item"]))._asdict())}
+        except Exception as error:
+            return {"error": errors.to_json(error)}
 
-    missing = [file.to_json() for file in plan.files if file.path not in records]
+    missing = [file.to_json() for file in plan.files if file.path not in records.found]
     if not missing:
-        return list(records.values())
-    found = executed(lambda: ray.data.from_items(missing).map(read_back, num_cpus=0.5).take_all())
-    return [*records.values(), *(FileRecord(*json.loads(row["record"])) for row in found)]
+        return
+    for row in ray.data.from_items(missing).map(describe, num_cpus=0.5).iter_rows():
+        if row.get("error"):
+            raise errors.from_json(row["error"])
+        records.add(FileRecord(**json.loads(row["record"])))
+
+
+@contextmanager
+def ending_gently() -> Iterator[None]:
+    """Let what is being committed be finished when SIGTERM comes, as it does before a spot machine goes."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        log.warning("told to end: finishing what is being committed")
+        signal.signal(signal.SIGTERM, before)
+        timer = threading.Timer(GRACE_S, _thread.interrupt_main)
+        timer.daemon = True
+        timer.start()
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def versions() -> dict[str, str]:
@@ -330,30 +287,5 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
-@contextmanager
-def watched(ledger: Any, work: Work | None) -> Iterator[None]:
-    """Show, twice a second, what the ledger counts of some work; nothing for None."""
-    if work is None:
-        yield
-        return
-    stop = Event()
-
-    num_pending = work.num_pending
-
-    def watch(progress: Progress) -> None:
-        stopping = False
-        while not stopping:
-            stopping = stop.wait(0.5)
-            with suppress(ray.exceptions.RayError):  # the job itself says what is wrong
-                num_shards, counts = ray.get(ledger.state.remote())
-                shards = f"{num_shards}/{num_pending}"
-                progress.update(sum(counts.values()), shards=shards, failed=counts.get(Status.FAILED, 0))
-
-    with Progress("label", work.num_rows, "rows") as progress:
-        thread = Thread(target=watch, args=(progress,), name="progress", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
+def _shown(num_rows: int, progress: bool) -> Any:
+    return Progress("label", num_rows, "rows") if progress else nullcontext()

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import pairwise
-from typing import Any
+from itertools import chain, pairwise
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,7 @@ MAX_SHARD_ROWS = 1000
 MAX_SHARD_BYTES = 128 << 20
 FOOTER_GUESS_BYTES = 64 << 10
 READ_BUFFER_BYTES = 8 << 20
+DAMAGE = "_mmray_damage"
 
 Unit = tuple[int, ...]
 """Rows at which the shards of a unit begin, and the row at which the last one ends."""
@@ -81,16 +82,31 @@ def find_files(uri: str) -> tuple[Folder, dict[str, int]]:
 
 
 def describe_files(
-    folder: Folder, files: dict[str, int], image_column: str
+    folder: Folder, files: dict[str, int], image_column: str, unreadable: dict[str, str] | None = None
 ) -> list[tuple[DataFile, pa.Schema]]:
     """Read footers, many at a time, and cut the files into shards.
+
+    Args:
+        folder: of the files.
+        files: relative path -> size in bytes.
+        image_column: whose bytes count for the size of a shard.
+        unreadable: takes path -> reason of files whose footer is corrupt; None for refusing them.
 
     Raises:
         DataError: a footer is corrupt; names the file.
     """
 
-    def describe(item: tuple[str, int]) -> tuple[DataFile, pa.Schema]:
+    def describe(item: tuple[str, int]) -> tuple[DataFile, pa.Schema] | None:
         path, size = item
+        try:
+            return describe_file(path, size)
+        except DataError as error:
+            if unreadable is None:
+                raise
+            unreadable[path] = str(error)
+            return None
+
+    def describe_file(path: str, size: int) -> tuple[DataFile, pa.Schema]:
         metadata, sha256 = read_footer(folder, path, size)
         with _parsing(f"{folder}/{path}"):
             groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
@@ -100,7 +116,7 @@ def describe_files(
         return DataFile(path, size, metadata.num_rows, sha256, total, cut_shards(sizes)), schema
 
     with ThreadPoolExecutor(32) as threads:
-        return list(threads.map(describe, files.items()))
+        return [described for described in threads.map(describe, files.items()) if described]
 
 
 def read_footer(folder: Folder, path: str, size_bytes: int) -> tuple[pq.FileMetaData, str]:
@@ -165,7 +181,12 @@ def cut_shards(row_groups: Sequence[tuple[int, int]]) -> tuple[Unit, ...]:
 
 
 def read_units(
-    folder: Folder, file: DataFile, units: Iterable[Unit], columns: Sequence[str] | None = None
+    folder: Folder,
+    file: DataFile,
+    units: Iterable[Unit],
+    columns: Sequence[str] | None = None,
+    *,
+    salvage: bool = False,
 ) -> Iterator[tuple[int, int, pa.Table]]:
     """Read units of one file, shard by shard.
 
@@ -174,33 +195,124 @@ def read_units(
         file: what its footer said when it was planned.
         units: of the file.
         columns: to read; None reads all.
+        salvage: give the rows of a damaged row group too, those of its columns that can be read and nulls,
+            and a last column `DAMAGE`: string, the reason, null in every sound row.
 
     Yields:
         First row, end row, and the rows between as a table, in the file's own types.
 
     Raises:
-        DataError: the file is not the one that was planned.
+        DataError: the file is not the one that was planned, or a row group is damaged and not salvaged.
     """
     metadata, sha256 = read_footer(folder, file.path, file.size_bytes)
     if sha256 != file.footer_sha256:
         raise DataError(f"{folder}/{file.path} has changed since it was planned; label it as a new dataset")
-    starts = np.cumsum([0] + [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)])
-    with folder.open(file.path) as source:
-        # Without pre_buffer a large row group is read as it is decoded, not held as a whole.
-        parquet = pq.ParquetFile(source, metadata=metadata, pre_buffer=False, buffer_size=READ_BUFFER_BYTES)
-        schema = parquet.schema_arrow
-        if columns is not None:
-            schema = pa.schema([schema.field(name) for name in columns], metadata=schema.metadata)
+    ends = np.cumsum([metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)])
+    with RowGroups(folder, file.path, metadata, columns, salvage) as row_groups:
         for unit in units:
-            groups = [
-                index
-                for index in range(metadata.num_row_groups)
-                if starts[index] < unit[-1] and starts[index + 1] > unit[0]
-            ]
-            batches = parquet.iter_batches(
-                batch_size=min(MAX_SHARD_ROWS, max(1, unit[1] - unit[0])), row_groups=groups, columns=columns
-            )
-            yield from _regroup(batches, unit, schema)
+            inside = [index for index in range(len(ends)) if _overlaps(unit, ends, index)]
+            batch_size = min(MAX_SHARD_ROWS, max(1, unit[1] - unit[0]))
+            batches = chain.from_iterable(row_groups.batches(index, batch_size) for index in inside)
+            yield from _regroup(batches, unit, row_groups.schema)
+
+
+def _overlaps(unit: Unit, ends: np.ndarray, index: int) -> bool:
+    first = ends[index - 1] if index else 0
+    return bool(first < unit[-1] and ends[index] > unit[0])
+
+
+class RowGroups:
+    """The row groups of one file, each read in a stream, and once more, column by column, if that fails."""
+
+    def __init__(
+        self,
+        folder: Folder,
+        path: str,
+        metadata: pq.FileMetaData,
+        columns: Sequence[str] | None,
+        salvage: bool,
+    ) -> None:
+        """Open the file; see `read_units`."""
+        self.folder, self.path, self.metadata, self.salvage = folder, path, metadata, salvage
+        self.source, self.parquet = self._open()
+        whole = self.parquet.schema_arrow
+        fields = list(whole) if columns is None else [whole.field(name) for name in columns]
+        self.names = [field.name for field in fields]
+        if salvage:
+            fields.append(pa.field(DAMAGE, pa.string()))
+        # A column that may not hold nulls must, where a row group is damaged.
+        self.schema = pa.schema([field.with_nullable(True) for field in fields], metadata=whole.metadata)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.source.close()
+
+    def batches(self, index: int, batch_size: int) -> Iterator[pa.RecordBatch]:
+        """Read one row group.
+
+        Raises:
+            DataError: it is damaged, and is not to be salvaged.
+        """
+        num_rows, given = self.metadata.row_group(index).num_rows, 0
+        try:
+            for batch in self.parquet.iter_batches(batch_size, row_groups=[index], columns=self.names):
+                yield self._batch(batch.columns, batch.num_rows)
+                given += batch.num_rows
+            if given == num_rows:
+                return
+        except Exception as error:
+            if not _is_damage(error):
+                raise
+        yield from self._salvaged(index, given, num_rows, batch_size)
+
+    def _salvaged(self, index: int, first: int, end: int, batch_size: int) -> Iterator[pa.RecordBatch]:
+        """Read the rest of a row group anew, each column for itself: what failed in passing is whole now."""
+        columns: list[pa.Array] = []
+        reasons: list[str] = []
+        source, parquet = self._open()
+        with source:
+            for name in self.names:
+                column, reason = self._column(parquet, index, name, end)
+                columns.append(column.slice(first))
+                reasons += [f"column {name}: {reason}"] if reason else []
+        reason = f"row group {index} is damaged ({'; '.join(reasons)})" if reasons else None
+        if reason and not self.salvage:
+            raise DataError(f"{self.folder}/{self.path}: {reason}")
+        for start in range(0, end - first, batch_size):
+            part = [column.slice(start, batch_size) for column in columns]
+            yield self._batch(part, min(batch_size, end - first - start), reason)
+
+    def _column(
+        self, parquet: pq.ParquetFile, index: int, name: str, num_rows: int
+    ) -> tuple[pa.Array, str | None]:
+        reason = f"not the {num_rows} rows of its footer"
+        try:
+            column = parquet.read_row_group(index, columns=[name])[name].combine_chunks()
+            if len(column) == num_rows:
+                return column, None
+        except Exception as error:
+            if not _is_damage(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+        return pa.nulls(num_rows, self.schema.field(name).type), reason
+
+    def _batch(self, columns: list[pa.Array], num_rows: int, damage: str | None = None) -> pa.RecordBatch:
+        reasons = [pa.array([damage] * num_rows, pa.string())] if self.salvage else []
+        return pa.RecordBatch.from_arrays([*columns, *reasons], schema=self.schema)
+
+    def _open(self) -> tuple[BinaryIO, pq.ParquetFile]:
+        source = self.folder.open(self.path)
+        # Without pre_buffer a large row group is read as it is decoded, not held as a whole.
+        return source, pq.ParquetFile(
+            source, metadata=self.metadata, pre_buffer=False, buffer_size=READ_BUFFER_BYTES
+        )
+
+
+def _is_damage(error: Exception) -> bool:
+    """Tell damaged content, of which Arrow complains in its own kinds or by a bare OSError, from storage."""
+    return isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)
 
 
 def _regroup(

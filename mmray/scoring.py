@@ -7,6 +7,9 @@ or slices its blocks, a shard stays whole.
 
 from __future__ import annotations
 
+import os
+import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,12 +22,13 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
+from mmray import errors
 from mmray.bundle import Bundle
 from mmray.config import Columns, ComputeConfig, LabelConfig, Workers
-from mmray.errors import ConfigError, MmrayError
-from mmray.parquet import MAX_SHARD_BYTES, DataFile, Unit, read_units
-from mmray.schema import KeptScores, image_bytes, output_schema, passthrough_names, prediction_fields
-from mmray.shards import Shard, Work, shards_of
+from mmray.errors import ConfigError
+from mmray.parquet import DAMAGE, MAX_SHARD_BYTES, DataFile, Unit, read_units
+from mmray.plan import Shard, Work, shards_of
+from mmray.schema import KeptScores, Status, image_bytes, output_schema, passthrough_names, prediction_fields
 from mmray.storage import Folder
 
 READ_TASK_ROWS = 1000
@@ -33,19 +37,39 @@ READ_TASK_ROWS = 1000
 BLOCK_BYTES = 8 << 20
 """Shards share a block up to this size. Ray cuts blocks between rows, and a row is a shard: none is torn."""
 
+TOLERATED_BLOCKS = 100
+"""Blocks that may be lost with their workers, for the isolated pass to take up, before a run is given up."""
 
-def score_shards(
-    folder: Folder, work: Work, bundle: Bundle, columns: Columns, config: LabelConfig, pool: Pool
-) -> ray.data.Dataset:
-    """Read the shards of some work and score them: packed rows of labeled tables."""
+
+class Scorer(NamedTuple):
+    """What scores: a model, how it is used, and where."""
+
+    bundle: Bundle
+    columns: Columns
+    config: LabelConfig
+    pool: Pool
+    isolated: bool = False
+    """Whether each row is decoded in a process of its own, which it may kill or hang."""
+
+
+def score_shards(folder: Folder, work: Work, scorer: Scorer) -> ray.data.Dataset:
+    """Read the shards of some work and score them: parcels of labeled tables.
+
+    A worker that dies is replaced for ever, its parcel tried once more and then given up.
+    """
+    pool = scorer.pool
+    # Ray Data has no other door for the limits of retries than the arguments that it calls deprecated.
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
     return ray.data.read_datasource(ShardSource(folder, work), num_cpus=0.5).map_batches(
         ScoreShards,
-        fn_constructor_args=(bundle, columns, config, pool.num_threads),
+        fn_constructor_args=(scorer,),
         batch_size=1,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=pool.minimum, max_size=pool.maximum),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,
+        max_restarts=-1,
+        max_task_retries=1,
     )
 
 
@@ -117,13 +141,18 @@ class ShardSource(Datasource):
         committed = {shard for file, unit in units for shard in shards_of(file, [unit])} & self.work.committed
 
         def read() -> Iterator[pa.Table]:
-            for file, unit in units:
-                # A row group is read in order: only what stands behind the last wanted shard can be skipped.
-                wanted = [shard for shard in shards_of(file, [unit]) if shard not in committed]
-                needed = tuple(row for row in unit if row <= wanted[-1].end)
-                for first, end, rows in read_units(folder, file, [needed]):
-                    if Shard(file.path, first, end) in wanted:
-                        yield pack(file, first, end, rows)
+            file = None
+            try:
+                for file, unit in units:
+                    # A row group is read in order: only what is behind the last wanted shard can be skipped.
+                    wanted = [shard for shard in shards_of(file, [unit]) if shard not in committed]
+                    needed = tuple(row for row in unit if row <= wanted[-1].end)
+                    for first, end, rows in read_units(folder, file, [needed], salvage=True):
+                        if (shard := Shard(file.path, first, end)) in wanted:
+                            yield Parcel(file, shard, rows).packed()
+            except Exception as error:
+                assert file is not None, "a task has units"
+                yield Parcel(file, Shard(file.path, 0, 0), None, error).packed()
 
         num_bytes = sum(
             file.image_bytes * (unit[-1] - unit[0]) // max(1, file.num_rows) for file, unit in units
@@ -132,60 +161,105 @@ class ShardSource(Datasource):
         return ReadTask(read, metadata)
 
 
-def pack(file: DataFile, first: int, end: int, rows: pa.Table) -> pa.Table:
-    """Make one row of a shard: file: string, first and end: int64, rows: large_binary, an Arrow stream."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, rows.schema) as stream:
-        stream.write_table(rows)
-    content = sink.getvalue()
-    offsets = pa.py_buffer(np.array([0, content.size], np.int64))
-    packed = pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, content])  # no copy of the images
-    return pa.table({"file": [file.to_json()], "first": [first], "end": [end], "rows": packed})
+class Parcel(NamedTuple):
+    """A shard on its way through the cluster, or the error that ended its way."""
+
+    file: DataFile
+    shard: Shard
+    rows: pa.Table | None
+    error: Exception | None = None
+
+    def packed(self) -> pa.Table:
+        """Make it one row: file, first, end, rows (an Arrow stream) and error (JSON)."""
+        content = pa.py_buffer(b"")
+        if self.rows is not None:
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, self.rows.schema) as stream:
+                stream.write_table(self.rows)
+            content = sink.getvalue()
+        offsets = pa.py_buffer(np.array([0, content.size], np.int64))
+        return pa.table(
+            {
+                "file": [self.file.to_json()],
+                "first": [self.shard.first],
+                "end": [self.shard.end],
+                # No copy of the images.
+                "rows": pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, content]),
+                "error": pa.array([self.error and errors.to_json(self.error)], pa.string()),
+            }
+        )
 
 
-def unpack(packed: pa.Table) -> Iterator[tuple[DataFile, Shard, pa.Table]]:
-    """Give the shards of packed rows."""
-    for file_json, first, end, content in zip(*(packed[name] for name in packed.column_names), strict=True):
+def unpack(packed: pa.Table) -> Iterator[Parcel]:
+    """Give the parcels of packed rows."""
+    for file_json, first, end, content, error in zip(*packed.columns, strict=True):
         file = DataFile.from_json(file_json.as_py())
-        rows = pa.ipc.open_stream(content.as_buffer()).read_all()
-        yield file, Shard(file.path, first.as_py(), end.as_py()), rows
+        failure = errors.from_json(error.as_py()) if error.is_valid else None
+        rows = None if failure else pa.ipc.open_stream(content.as_buffer()).read_all()
+        yield Parcel(file, Shard(file.path, first.as_py(), end.as_py()), rows, failure)
 
 
 class ScoreShards:
-    """An actor of the pool: the model is loaded once, shards come and go."""
+    """An actor of the pool: the model is loaded once, shards come and go.
 
-    def __init__(self, bundle: Bundle, columns: Columns, config: LabelConfig, num_threads: int) -> None:
+    What goes wrong travels on as data. Raised through Ray Data, an error would end the run of all the others,
+    and keep the actors of the run alive for as long as it is held.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
         """Load the model."""
         import torch
 
+        from mmray.isolation import IsolatedDecoder
         from mmray.labeler import Labeler
 
-        torch.set_num_threads(num_threads)  # Ray sets one thread for each CPU that was asked for
-        self.columns, self.kept = columns, KeptScores.parse(config.scores)
+        bundle, self.columns, config, pool, isolated = scorer
+        torch.set_num_threads(pool.num_threads)  # Ray sets one thread for each CPU that was asked for
+        self.kept = KeptScores.parse(config.scores)
         self.bundle, self.fingerprint = bundle, bundle.fingerprint
         assert config.precision is not None
-        self.refusal: MmrayError | None = None
+        self.refusal: Exception | None = None
         try:
             self.labeler = Labeler(
-                bundle, batch_size=config.batch_size, precision=config.precision, num_threads=num_threads
+                bundle,
+                batch_size=config.batch_size,
+                precision=config.precision,
+                num_threads=1 if isolated else pool.num_threads,
+                decode=IsolatedDecoder() if isolated else None,
             )
-        except MmrayError as error:  # damaged weights; raised here, Ray would pass on no more than its text
+        except Exception as error:
             self.refusal = error
 
     def __call__(self, packed: pa.Table) -> Iterator[pa.Table]:
-        """Score shards.
+        """Score shards."""
+        for parcel in unpack(packed):
+            yield self._score(parcel).packed()
 
-        Raises:
-            BundleError: the weights are damaged or belong to another model.
-        """
-        if self.refusal:
-            raise self.refusal
-        for file, shard, rows in unpack(packed):
-            yield pack(file, shard.first, shard.end, self.label(rows))
+    def _score(self, parcel: Parcel) -> Parcel:
+        from mmray.labeler import HungError
+
+        error = parcel.error or self.refusal
+        if error is None:
+            assert parcel.rows is not None
+            try:
+                return parcel._replace(rows=self.label(parcel.rows))
+            except HungError:  # its thread cannot be stopped, but this process can: Ray starts another one
+                os.kill(os.getpid(), signal.SIGKILL)
+            except Exception as raised:
+                error = raised
+        return parcel._replace(rows=None, error=error)
 
     def label(self, rows: pa.Table) -> pa.Table:
-        """Replace the image column by the predictions."""
-        labeled = self.labeler(image_bytes(rows[self.columns.image]), rows[self.columns.caption].to_pylist())
+        """Replace the image column by the predictions; rows of a damaged row group have failed."""
+        damage = rows[DAMAGE].to_pylist()
+        rows = rows.drop_columns(DAMAGE)
+        images = image_bytes(rows[self.columns.image])
+        captions = rows[self.columns.caption].to_pylist()
+        for row in (damaged := [row for row, reason in enumerate(damage) if reason]):
+            images[row] = captions[row] = None
+        labeled = self.labeler(images, captions)
+        for row in damaged:
+            labeled.statuses[row], labeled.errors[row] = Status.FAILED, damage[row]
         vocabulary, valid = self.bundle.vocabulary, labeled.valid
         fields = prediction_fields(vocabulary, self.kept)
         predictions = {
@@ -202,12 +276,17 @@ class ScoreShards:
 
 
 @contextmanager
-def small_blocks() -> Iterator[None]:
-    """Let blocks be small: tiny shards share one, a large shard has its own and moves on once it is read."""
+def streaming(*, tolerant: bool = False) -> Iterator[None]:
+    """Let blocks be small: tiny shards share one, a large shard has its own and moves on once it is read.
+
+    Args:
+        tolerant: go on when a block is lost with its worker, for the second time.
+    """
     context = DataContext.get_current()
-    before = context.target_max_block_size
+    before = context.target_max_block_size, context.max_errored_blocks
     context.target_max_block_size = BLOCK_BYTES
+    context.max_errored_blocks = TOLERATED_BLOCKS if tolerant else 0
     try:
         yield
     finally:
-        context.target_max_block_size = before
+        context.target_max_block_size, context.max_errored_blocks = before

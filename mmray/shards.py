@@ -1,9 +1,10 @@
-"""The protocol of labeling: plan, pieces, joined files, manifest. No model and no cluster in here.
+"""The protocol of labeling: pieces, joined files, manifest. No model and no cluster in here.
 
     _mmray/plan/00000.parquet                 every input file, cut into shards; and the job it is for
     _mmray/pieces/<file>/<first>-<end>.parquet  one scored shard
     <file>                                    the joined rows of one input file, under its own relative path
     _mmray/rejected/<file>.jsonl              its rows that were labeled badly or not at all
+    _mmray/records/<number>.json              what the manifest will say of files that are done
     _mmray/manifest.json                      every file with rows, counts by status, sha256
     _SUCCESS                                  the output is whole
 
@@ -20,48 +21,20 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmray.config import differences, fingerprint
-from mmray.errors import DataError, OutputError
-from mmray.parquet import DataFile, Unit
+from mmray.errors import OutputError
+from mmray.parquet import DataFile
+from mmray.plan import PIECES, RECORD_KEY, SCHEMA_VERSION, Plan, Shard, shards_of
 from mmray.schema import REJECTED
 from mmray.storage import Folder
 
-SCHEMA_VERSION = 1
-PLAN, PIECES, REJECTIONS = "_mmray/plan", "_mmray/pieces", "_mmray/rejected"
+REJECTIONS, RECORDS = "_mmray/rejected", "_mmray/records"
 MANIFEST, SUCCESS = "_mmray/manifest.json", "_SUCCESS"
-RECORD_KEY = "mmray"
-
-_PLAN_SCHEMA = pa.schema(
-    [
-        ("path", pa.string()),
-        ("size_bytes", pa.int64()),
-        ("num_rows", pa.int64()),
-        ("footer_sha256", pa.string()),
-        ("image_bytes", pa.int64()),
-        ("units", pa.list_(pa.list_(pa.int64()))),
-    ]
-)
-
-
-class Shard(NamedTuple):
-    """A range of rows of one input file."""
-
-    path: str
-    first: int
-    end: int
-
-    @property
-    def piece(self) -> str:
-        """Where the scored shard is committed."""
-        return f"{PIECES}/{self.path}/{self.first}-{self.end}.parquet"
 
 
 class FileRecord(NamedTuple):
@@ -74,177 +47,8 @@ class FileRecord(NamedTuple):
     sha256: str
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is to be labeled, and the settings that decide what the result is."""
-
-    files: tuple[DataFile, ...]
-    settings: dict[str, Any]
-    parts: int = 0
-
-    @property
-    def fingerprint(self) -> str:
-        """Sum up the settings: outputs of another fingerprint are never mixed with this one's."""
-        return fingerprint(self.settings)
-
-    @property
-    def num_rows(self) -> int:
-        """Planned rows."""
-        return sum(file.num_rows for file in self.files)
-
-    @property
-    def num_shards(self) -> int:
-        """Planned shards."""
-        return sum(len(file.shards) for file in self.files)
-
-    @classmethod
-    def load(cls, output: Folder) -> Plan | None:
-        """Read the plan of an output; None when it has none.
-
-        Raises:
-            OutputError: it is of another schema version.
-        """
-        files: list[DataFile] = []
-        settings: dict[str, Any] = {}
-        paths = list((output / PLAN).list(".parquet"))
-        for path in paths:
-            table = pq.read_table(pa.BufferReader(output.read(f"{PLAN}/{path}")))
-            record = json.loads(table.schema.metadata[RECORD_KEY.encode()])
-            if record["schema_version"] != SCHEMA_VERSION:
-                raise OutputError(
-                    f"{output}: its plan has schema version {record['schema_version']}, not {SCHEMA_VERSION}"
-                )
-            settings = record["settings"]
-            for row in table.to_pylist():
-                row["units"] = tuple(map(tuple, row["units"]))
-                files.append(DataFile(**row))
-        return cls(tuple(files), settings, len(paths)) if paths else None
-
-    def append(self, output: Folder, files: Iterable[DataFile]) -> Plan:
-        """Publish files as a further part of the plan, and give the whole."""
-        added = tuple(files)
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "fingerprint": self.fingerprint,
-            "settings": self.settings,
-        }
-        table = pa.Table.from_pylist([asdict(file) for file in added], schema=_PLAN_SCHEMA)
-        part = io.BytesIO()
-        pq.write_table(
-            table.replace_schema_metadata({RECORD_KEY: json.dumps(record)}), part, compression="zstd"
-        )
-        output.publish(f"{PLAN}/{self.parts:05}.parquet", part.getvalue())
-        return Plan(self.files + added, self.settings, self.parts + 1)
-
-    def refuse_other(self, settings: dict[str, Any], output: Folder) -> None:
-        """Refuse to go on with other settings.
-
-        Raises:
-            OutputError: says what differs.
-        """
-        if found := differences(self.settings, settings):
-            raise OutputError(
-                f"{output} was labeled with other settings ({'; '.join(found)}); "
-                "take them again, or another --output"
-            )
-
-    def compare_input(self, files: dict[str, int]) -> dict[str, int]:
-        """Hold the input's listing against the plan.
-
-        Returns:
-            Files that the plan does not know: path -> size.
-
-        Raises:
-            DataError: a planned file is gone or has another size.
-        """
-        planned = {file.path: file.size_bytes for file in self.files}
-        for path, size in planned.items():
-            if path not in files:
-                raise DataError(
-                    f"input file {path} was planned and is gone; put it back, or label to another --output"
-                )
-            if files[path] != size:
-                raise DataError(
-                    f"input file {path} has {files[path]} bytes and was planned with {size}; "
-                    "put it back, or label to another --output"
-                )
-        return {path: size for path, size in files.items() if path not in planned}
-
-
-def cut_to(files: Iterable[DataFile], limit: int | None) -> tuple[DataFile, ...]:
-    """Keep the first `limit` rows of the files; None keeps all."""
-    if limit is None:
-        return tuple(files)
-    kept: list[DataFile] = []
-    for file in files:
-        if limit <= 0:
-            break
-        units = tuple(_cut_unit(unit, limit) for unit in file.units if unit[0] < limit or file.num_rows == 0)
-        kept.append(replace(file, num_rows=min(file.num_rows, limit), units=units))
-        limit -= file.num_rows
-    return tuple(kept)
-
-
-def _cut_unit(unit: Unit, end: int) -> Unit:
-    inside = tuple(row for row in unit if row < end)
-    return inside if len(inside) == len(unit) else (*inside, min(end, unit[len(inside)]))
-
-
-class Work(NamedTuple):
-    """What a run still has to do."""
-
-    pending: list[tuple[DataFile, list[Unit]]]
-    """Files with shards that are not committed, and the units that hold these."""
-    committed: set[Shard]
-    """Shards of those units that are committed: not to be scored again."""
-    unjoined: list[DataFile]
-    """Files whose pieces are all there."""
-    done: list[DataFile]
-
-    def shards(self) -> Iterator[Shard]:
-        """Give the shards that are not committed."""
-        for file, units in self.pending:
-            yield from (shard for shard in shards_of(file, units) if shard not in self.committed)
-
-    @property
-    def num_pending(self) -> int:
-        """Shards that are not committed."""
-        return sum(1 for _ in self.shards())
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the shards that are not committed."""
-        return sum(shard.end - shard.first for shard in self.shards())
-
-
-def shards_of(file: DataFile, units: Iterable[Unit]) -> list[Shard]:
-    """Give the shards of some of a file's units, in order."""
-    return [Shard(file.path, *bounds) for unit in units for bounds in pairwise(unit)]
-
-
-def find_work(output: Folder, plan: Plan) -> Work:
-    """Hold the output's listing against the plan: no request but LISTs, a thousand keys each."""
-    present = output.list(".parquet")
-    work = Work([], set(), [], [])
-    for file in plan.files:
-        if file.path in present:
-            work.done.append(file)
-            continue
-        missing = [
-            unit
-            for unit in file.units
-            if any(shard.piece not in present for shard in shards_of(file, [unit]))
-        ]
-        if not missing and len(file.shards) > 1:
-            work.unjoined.append(file)
-            continue
-        work.pending.append((file, missing))
-        work.committed.update(shard for shard in shards_of(file, missing) if shard.piece in present)
-    return work
-
-
 class Committer:
-    """Publishes scored shards, and joins a file when its last piece is there."""
+    """Publishes scored shards, and joins the pieces of a file."""
 
     def __init__(self, output: Folder, job_fingerprint: str) -> None:
         """Take the place, and the fingerprint that each file's footer shall bear."""
@@ -255,7 +59,7 @@ class Committer:
         """Commit one shard: as the file itself when it is its only one, else as a piece.
 
         Returns:
-            The file's record, if this completed it.
+            The file's record, if this completed it; a file of several shards is complete when it is joined.
         """
         assert rows.num_rows == shard.end - shard.first, f"{shard} came with {rows.num_rows} rows"
         if len(file.shards) == 1:
@@ -263,7 +67,7 @@ class Committer:
         piece = io.BytesIO()
         self._write([rows], piece)
         self.output.publish(shard.piece, piece.getvalue())
-        return self.join(file)
+        return None
 
     def join(self, file: DataFile) -> FileRecord | None:
         """Join a file's pieces, if they are all there, in order, streaming; then remove them.
@@ -356,6 +160,37 @@ def _rejected_rows(table: pa.Table, first: int) -> Iterator[dict[str, Any]]:
             yield {"row": first + row, "status": status, "reason": error}
 
 
+class Records:
+    """What is known of files that are done, kept on storage: reading them all back would cost their bytes.
+
+    A run that is killed loses what it had not published yet; those files are read back then.
+    """
+
+    def __init__(self, output: Folder) -> None:
+        """Read what earlier runs have published."""
+        self.output = output
+        self.found: dict[str, FileRecord] = {}
+        self._unpublished: list[FileRecord] = []
+        parts = [path for path in output.list(".json") if path.startswith(f"{RECORDS}/")]
+        self._next = 1 + max((int(Path(part).stem) for part in parts), default=-1)
+        for part in parts:
+            for record in output.read_json(part) or ():
+                self.found[record["path"]] = FileRecord(**record)
+
+    def add(self, record: FileRecord) -> None:
+        """Take the record of a file that is done now."""
+        self.found[record.path] = record
+        self._unpublished.append(record)
+
+    def publish(self) -> None:
+        """Publish what came since the last time."""
+        if self._unpublished:
+            lines = [record._asdict() for record in self._unpublished]
+            self.output.publish_json(f"{RECORDS}/{self._next:08}.json", lines)
+            self._next += 1
+            self._unpublished = []
+
+
 def finished_manifest(output: Folder, plan: Plan) -> dict[str, Any] | None:
     """Read the manifest of an output that is whole; None if it is not."""
     manifest: dict[str, Any] | None = output.read_json(MANIFEST)
@@ -367,13 +202,13 @@ def finished_manifest(output: Folder, plan: Plan) -> dict[str, Any] | None:
 def finish(
     output: Folder, plan: Plan, records: Iterable[FileRecord], versions: dict[str, str]
 ) -> dict[str, Any]:
-    """Remove stray pieces, publish the manifest, then `_SUCCESS`.
+    """Publish the manifest and `_SUCCESS`; remove what only an unfinished output needs.
 
     Returns:
         The manifest.
     """
-    strays = output.list(".parquet")
-    output.remove(path for path in strays if path.startswith(f"{PIECES}/"))
+    present = output.list()
+    output.remove(path for path in present if path.startswith(f"{PIECES}/"))
     files = sorted(records)
     totals: Counter[str] = Counter()
     for record in files:
@@ -385,8 +220,10 @@ def finish(
         "versions": versions,
         "num_rows": plan.num_rows,
         "counts": dict(sorted(totals.items())),
+        "skipped": plan.skipped,
         "files": [record._asdict() for record in files],
     }
     output.publish_json(MANIFEST, manifest)
     output.publish(SUCCESS, b"")
+    output.remove(path for path in present if path.startswith(f"{RECORDS}/"))
     return manifest

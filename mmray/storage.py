@@ -145,6 +145,13 @@ class Folder:
                 self.filesystem.pipe_file(target, data)
         moment("after publish", path)
 
+    def create(self, path: str, data: bytes) -> bool:
+        """Publish a file where there is none; tells whether there was none."""
+        if self.read_or_none(path) is not None:
+            return False
+        self.publish(path, data)
+        return True
+
     def remove(self, paths: Iterable[str]) -> None:
         """Remove files; those that are gone already do not matter."""
         targets = {path: self.path(path) for path in paths}

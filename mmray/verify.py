@@ -18,6 +18,7 @@ import ray.data
 from mmray.config import differences
 from mmray.errors import DataError, OutputError
 from mmray.parquet import DataFile, find_files, read_footer, read_units
+from mmray.plan import SCHEMA_VERSION, Plan
 from mmray.schema import (
     KeptScores,
     Status,
@@ -26,7 +27,7 @@ from mmray.schema import (
     passthrough_names,
     prediction_fields,
 )
-from mmray.shards import MANIFEST, SCHEMA_VERSION, SUCCESS, FileRecord, Plan
+from mmray.shards import MANIFEST, SUCCESS, FileRecord
 from mmray.storage import Folder, visible
 
 
@@ -101,7 +102,7 @@ def _compare_lists(
     for path in sorted(set(planned) - set(files)):
         yield f"{path}: gone from the input"
     if plan.settings["limit"] is None:
-        for path in sorted(set(files) - set(planned)):
+        for path in sorted(set(files) - set(planned) - set(plan.skipped)):
             yield f"{path}: came to the input after the plan; label.py --extend labels it"
     for path in sorted(set(planned) ^ {file["path"] for file in manifest["files"]}):
         yield f"{path}: stands in only one of the plan and {MANIFEST}"
@@ -112,6 +113,7 @@ def _compare_lists(
         "settings": plan.settings,
         "num_rows": plan.num_rows,
         "counts": dict(totals),
+        "skipped": plan.skipped,
     }
     for difference in differences(wanted, {name: manifest.get(name) for name in wanted}):
         yield f"{MANIFEST}: other than the plan and the files say: {difference}"
@@ -157,7 +159,7 @@ def check_file(
 def _compare_rows(source: Folder, file: DataFile, labeled: pa.Table, names: dict[str, str]) -> Iterator[str]:
     """Hold the passthrough columns against the input; yields the first row that differs."""
     try:
-        for first, end, rows in read_units(source, file, file.units, list(names)):
+        for first, end, rows in read_units(source, file, file.units, list(names), salvage=True):
             there = labeled.slice(first, end - first)
             found = [
                 (row, old, new)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from mmray.shards import Plan, find_work, shards_of
+from mmray.plan import Plan, find_work, shards_of
 from mmray.storage import Folder
 from mmray.verify import verify_dataset
 

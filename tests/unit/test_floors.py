@@ -14,22 +14,11 @@ FLOORS = [
     ["errors", "faults", "schema", "config"],
     # 1: everything that works without Ray
     [
-        *(
-            "storage",
-            "parquet",
-            "shards",
-            "progress",
-            "images",
-            "captions",
-            "model",
-            "losses",
-            "metrics",
-            "decisions",
-        ),
-        *("bundle", "labeler", "learner", "cli"),
+        *("storage", "parquet", "plan", "shards", "lease", "progress", "images", "captions", "model"),
+        *("losses", "metrics", "decisions", "bundle", "labeler", "isolation", "learner", "cli"),
     ],
     # 2: on Ray Data and Ray Train
-    ["datasets", "worker", "training", "scoring", "labeling", "verify"],
+    ["datasets", "worker", "training", "scoring", "committing", "labeling", "verify"],
     # 3: one module for each further job
     ["prepare", "evaluate", "demo", "self_train", "ablate", "report", "export", "bench"],
 ]

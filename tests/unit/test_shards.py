@@ -13,21 +13,8 @@ from hypothesis import strategies as st
 
 from mmray.errors import DataError, OutputError
 from mmray.parquet import DataFile
-from mmray.shards import (
-    MANIFEST,
-    PIECES,
-    PLAN,
-    REJECTIONS,
-    SUCCESS,
-    Committer,
-    Plan,
-    Shard,
-    cut_to,
-    find_work,
-    finish,
-    read_record,
-    shards_of,
-)
+from mmray.plan import PIECES, PLAN, Plan, Shard, cut_to, find_work, shards_of
+from mmray.shards import MANIFEST, REJECTIONS, SUCCESS, Committer, finish, read_record
 from mmray.storage import Folder
 
 light = settings(deadline=None, max_examples=60)
@@ -93,6 +80,11 @@ def labeled(first, end, status=lambda row: "ok"):
             "error": pa.array([None if s == "ok" else f"{s} é" for s in statuses], pa.string()),
         }
     )
+
+
+def commit(committer, shard, rows, file):
+    """Commit a shard and have its file joined if it was the last one, as a run does."""
+    return committer.commit(shard, rows, file) or (committer.join(file) if len(file.shards) > 1 else None)
 
 
 def rows_of(output, path):
@@ -205,7 +197,7 @@ def test_no_limit_keeps_everything(files):
 def test_work_is_what_the_listing_lacks(tmp_path_factory, files, data):
     output = Folder(str(tmp_path_factory.mktemp("output")))
     plan = Plan((), SETTINGS).append(output, files)
-    done, missing, there = [], [], []
+    missing, there = [], []
     for file in files:
         shards = shards_of(file, file.units)
         committed = set(data.draw(st.sets(st.sampled_from(shards)))) if len(shards) > 1 else set()
@@ -213,7 +205,6 @@ def test_work_is_what_the_listing_lacks(tmp_path_factory, files, data):
             output.publish(shard.piece, b"")
         if data.draw(st.booleans()):
             output.publish(file.path, b"")
-            done.append(file)
         elif len(committed) == len(shards):
             there.append(file)
         else:
@@ -222,7 +213,6 @@ def test_work_is_what_the_listing_lacks(tmp_path_factory, files, data):
     assert list(work.shards()) == missing
     assert work.num_pending == len(missing)
     assert work.num_rows == sum(shard.end - shard.first for shard in missing)
-    assert work.done == done
     assert work.unjoined == there
     for file, units in work.pending:
         for unit in units:
@@ -230,7 +220,7 @@ def test_work_is_what_the_listing_lacks(tmp_path_factory, files, data):
 
 
 def test_a_file_of_one_shard_is_committed_as_itself(output):
-    record = Committer(output, "f1").commit(Shard("b.parquet", 0, 4), labeled(0, 4), ONE)
+    record = commit(Committer(output, "f1"), Shard("b.parquet", 0, 4), labeled(0, 4), ONE)
     assert list(output.list()) == ["b.parquet"]
     assert record.num_rows == 4 and record.counts == {"ok": 4}
     assert record.size_bytes == len(output.read("b.parquet"))
@@ -241,7 +231,7 @@ def test_a_file_of_one_shard_is_committed_as_itself(output):
 def test_pieces_are_joined_in_row_order_whatever_the_order_of_commits(tmp_path_factory, order):
     output = Folder(str(tmp_path_factory.mktemp("output")))
     committer = Committer(output, "f1")
-    records = [committer.commit(shard, labeled(shard.first, shard.end), THREE) for shard in order]
+    records = [commit(committer, shard, labeled(shard.first, shard.end), THREE) for shard in order]
     assert records[:-1] == [None, None]
     assert list(output.list()) == ["a/x.parquet"]
     table = pq.read_table(pa.BufferReader(output.read("a/x.parquet")))
@@ -257,7 +247,7 @@ def test_pieces_are_joined_in_row_order_whatever_the_order_of_commits(tmp_path_f
 def test_until_the_last_piece_is_there_no_file_appears(output):
     committer = Committer(output, "f1")
     for shard in shards_of(THREE, THREE.units)[1:]:
-        assert committer.commit(shard, labeled(shard.first, shard.end), THREE) is None
+        assert commit(committer, shard, labeled(shard.first, shard.end), THREE) is None
     assert list(output.list()) == [piece(3, 5), piece(5, 9)]
     assert committer.join(THREE) is None
 
@@ -266,18 +256,18 @@ def test_a_shard_that_is_committed_again_changes_nothing(output):
     committer = Committer(output, "f1")
     shards = shards_of(THREE, THREE.units)
     for shard in (shards[0], shards[0], shards[1]):
-        committer.commit(shard, labeled(shard.first, shard.end), THREE)
+        commit(committer, shard, labeled(shard.first, shard.end), THREE)
     before = output.read(shards[0].piece)
-    committer.commit(shards[0], labeled(0, 3), THREE)
+    commit(committer, shards[0], labeled(0, 3), THREE)
     assert output.read(shards[0].piece) == before
-    record = committer.commit(shards[2], labeled(5, 9), THREE)
+    record = commit(committer, shards[2], labeled(5, 9), THREE)
 
     content = output.read("a/x.parquet")
     for shard in shards[:2]:  # a zombie comes late
-        assert committer.commit(shard, labeled(shard.first, shard.end), THREE) is None
+        assert commit(committer, shard, labeled(shard.first, shard.end), THREE) is None
     assert output.read("a/x.parquet") == content
     assert committer.describe(THREE) == record
-    assert committer.commit(shards[2], labeled(5, 9), THREE) == record
+    assert commit(committer, shards[2], labeled(5, 9), THREE) == record
     assert output.read("a/x.parquet") == content
     assert list(output.list()) == ["a/x.parquet"]
 
@@ -285,7 +275,7 @@ def test_a_shard_that_is_committed_again_changes_nothing(output):
 def test_a_shard_with_a_row_too_few_or_many_is_never_committed(output):
     for num_rows in (2, 4):
         with pytest.raises(AssertionError):
-            Committer(output, "f1").commit(Shard("a/x.parquet", 0, 3), labeled(0, num_rows), THREE)
+            commit(Committer(output, "f1"), Shard("a/x.parquet", 0, 3), labeled(0, num_rows), THREE)
     assert output.list() == {}
 
 
@@ -296,14 +286,14 @@ def test_joins_at_the_same_time_agree(output, num_threads):
     for _ in range(25):
         shards = shards_of(THREE, THREE.units)
         for shard in shards[:-1]:
-            committer.commit(shard, labeled(shard.first, shard.end), THREE)
+            commit(committer, shard, labeled(shard.first, shard.end), THREE)
         start = threading.Barrier(num_threads)
         records, errors = [], []
 
         def run(start=start, shard=shards[-1], records=records, errors=errors):
             start.wait()
             try:
-                records.append(committer.commit(shard, labeled(shard.first, shard.end), THREE))
+                records.append(commit(committer, shard, labeled(shard.first, shard.end), THREE))
             except BaseException as error:
                 errors.append(error)
 
@@ -325,10 +315,10 @@ def test_joins_at_the_same_time_agree(output, num_threads):
 def test_a_join_that_another_overtakes_gives_way_to_it(output, moment):
     slow, fast = Meddled(output.uri), Committer(output, "f1")
     for shard in shards_of(THREE, THREE.units)[:-1]:
-        fast.commit(shard, labeled(shard.first, shard.end), THREE)
+        commit(fast, shard, labeled(shard.first, shard.end), THREE)
     won = []
     slow.actions[moment] = lambda: won.append(fast.join(THREE))
-    late = Committer(slow, "f1").commit(Shard(THREE.path, 5, 9), labeled(5, 9), THREE)
+    late = commit(Committer(slow, "f1"), Shard(THREE.path, 5, 9), labeled(5, 9), THREE)
     assert late is None
     assert won == [fast.describe(THREE)]
     assert rows_of(output, THREE.path) == list(range(9))
@@ -338,26 +328,26 @@ def test_a_join_that_another_overtakes_gives_way_to_it(output, moment):
 def test_a_join_that_finds_the_file_joined_by_another_writes_the_same_bytes(output):
     committer = Committer(output, "f1")
     for shard in shards_of(THREE, THREE.units):
-        record = committer.commit(shard, labeled(shard.first, shard.end), THREE)
+        record = commit(committer, shard, labeled(shard.first, shard.end), THREE)
     content = output.read(THREE.path)
     pieces = Committer(output / "elsewhere", "f1")
     for shard in shards_of(THREE, THREE.units)[:-1]:
-        pieces.commit(shard, labeled(shard.first, shard.end), THREE)
+        commit(pieces, shard, labeled(shard.first, shard.end), THREE)
         output.publish(shard.piece, (output / "elsewhere").read(shard.piece))
-    assert committer.commit(Shard(THREE.path, 5, 9), labeled(5, 9), THREE) == record
+    assert commit(committer, Shard(THREE.path, 5, 9), labeled(5, 9), THREE) == record
     assert output.read(THREE.path) == content
 
 
 def test_a_piece_of_another_job_is_thrown_away_and_labeled_again(output):
     plan = Plan((), SETTINGS).append(output, [THREE])
     first, second, third = shards_of(THREE, THREE.units)
-    Committer(output, "other").commit(second, labeled(13, 15), THREE)
+    commit(Committer(output, "other"), second, labeled(13, 15), THREE)
     committer = Committer(output, plan.fingerprint)
-    committer.commit(first, labeled(0, 3), THREE)
-    assert committer.commit(third, labeled(5, 9), THREE) is None
+    commit(committer, first, labeled(0, 3), THREE)
+    assert commit(committer, third, labeled(5, 9), THREE) is None
     assert THREE.path not in output.list()
     assert list(find_work(output, plan).shards()) == [second]
-    assert committer.commit(second, labeled(3, 5), THREE) is not None
+    assert commit(committer, second, labeled(3, 5), THREE) is not None
     assert rows_of(output, THREE.path) == list(range(9))
 
 
@@ -369,9 +359,9 @@ def test_a_file_that_is_not_of_this_job_is_refused_by_path(output, other):
         pq.write_table(labeled(0, 4), target)
         output.publish(ONE.path, target.getvalue())
     elif other == "rows":
-        committer.commit(Shard(ONE.path, 0, 3), labeled(0, 3), make_file(ONE.path, ((0, 3),)))
+        commit(committer, Shard(ONE.path, 0, 3), labeled(0, 3), make_file(ONE.path, ((0, 3),)))
     else:
-        Committer(output, "f2").commit(Shard(ONE.path, 0, 4), labeled(0, 4), ONE)
+        commit(Committer(output, "f2"), Shard(ONE.path, 0, 4), labeled(0, 4), ONE)
     with pytest.raises(OutputError, match=r"b\.parquet is not of this job: remove it"):
         committer.describe(ONE)
 
@@ -383,7 +373,7 @@ def status_of(row):
 def test_rejected_rows_are_listed_with_file_row_and_reason(output):
     committer = Committer(output, "f1")
     for shard in reversed(shards_of(THREE, THREE.units)):
-        record = committer.commit(shard, labeled(shard.first, shard.end, status_of), THREE)
+        record = commit(committer, shard, labeled(shard.first, shard.end, status_of), THREE)
     assert record.counts == {"bad_image": 1, "failed": 2, "no_caption": 1, "ok": 5}
     lines = output.read(f"{REJECTIONS}/a/x.parquet.jsonl").decode().splitlines()
     assert [json.loads(line) for line in lines] == [
@@ -394,12 +384,12 @@ def test_rejected_rows_are_listed_with_file_row_and_reason(output):
 
 def test_rejected_rows_are_listed_before_the_file_appears(output):
     meddled = Meddled(output.uri)
-    Committer(meddled, "f1").commit(Shard(ONE.path, 0, 4), labeled(0, 4, status_of), ONE)
+    commit(Committer(meddled, "f1"), Shard(ONE.path, 0, 4), labeled(0, 4, status_of), ONE)
     assert meddled.published == [f"{REJECTIONS}/b.parquet.jsonl", "b.parquet"]
 
 
 def test_a_file_without_rejected_rows_has_no_list(output):
-    Committer(output, "f1").commit(Shard(ONE.path, 0, 4), labeled(0, 4), ONE)
+    commit(Committer(output, "f1"), Shard(ONE.path, 0, 4), labeled(0, 4), ONE)
     assert list(output.list()) == [ONE.path]
 
 
@@ -409,13 +399,16 @@ def test_a_finished_output_has_no_pieces_a_manifest_and_then_success(output):
     committer = Committer(output, plan.fingerprint)
     shards = [*shards_of(THREE, THREE.units), Shard(ONE.path, 0, 4)]
     done = [
-        committer.commit(
-            shard, labeled(shard.first, shard.end, status_of), THREE if shard != shards[-1] else ONE
+        commit(
+            committer,
+            shard,
+            labeled(shard.first, shard.end, status_of),
+            THREE if shard != shards[-1] else ONE,
         )
         for shard in shards
     ]
     records = [record for record in done if record]
-    committer.commit(shards[1], labeled(3, 5, status_of), THREE)  # a zombie's, and one of no planned shard
+    commit(committer, shards[1], labeled(3, 5, status_of), THREE)  # a zombie's, and one of no planned shard
     output.publish(piece(0, 99), b"")
     manifest = finish(meddled, plan, reversed(records), {"python": "3"})
     assert meddled.published == [MANIFEST, SUCCESS]
@@ -435,5 +428,5 @@ def test_a_file_called_like_the_folder_of_anothers_pieces_is_not_joined_early(ou
     outer, inner = make_file("x.parquet", ((0, 2, 4),)), make_file("x.parquet/x.parquet", ((0, 2, 4),))
     committer = Committer(output, "f1")
     for file in (inner, outer):
-        assert committer.commit(Shard(file.path, 0, 2), labeled(0, 2), file) is None
+        assert commit(committer, Shard(file.path, 0, 2), labeled(0, 2), file) is None
     assert committer.join(outer) is None
