@@ -21,7 +21,7 @@ from mmray.schema import Status
 class IsolatedDecoder:
     """Decodes rows one by one in a child process, which is replaced when a row kills or hangs it."""
 
-    def __init__(self, timeout_s: float = DECODE_TIMEOUT_S / 2) -> None:
+    def __init__(self, timeout_s: float = DECODE_TIMEOUT_S) -> None:
         """Set how long a row may take."""
         self.timeout_s = timeout_s
         self.child: subprocess.Popen[bytes] | None = None

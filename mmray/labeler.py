@@ -22,7 +22,7 @@ from mmray.schema import Status
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-DECODE_TIMEOUT_S = 60
+DECODE_TIMEOUT_S = 30.0
 """A row that takes longer hangs; the largest image that is decoded takes some seconds."""
 
 
@@ -149,7 +149,7 @@ class Labeler:
         try:
             return [row.result(DECODE_TIMEOUT_S) for row in rows]
         except TimeoutError:
-            raise HungError(f"a row was not decoded within {DECODE_TIMEOUT_S} s") from None
+            raise HungError(f"a row was not decoded within {DECODE_TIMEOUT_S:.0f} s") from None
 
     def _label(self, rows: list[Row]) -> Labeled:
         valid = np.array([row.status is not Status.FAILED for row in rows])

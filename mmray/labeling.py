@@ -220,16 +220,18 @@ def label_planned(
     """
     committer, records = Committer(output, plan.fingerprint), Records(output)
     tally = Tally(plan, committer, records, scorer.config.max_failed_fraction)
-    for isolated in (False, True):
-        work = find_work(output, plan)
-        if not work.pending and not work.unjoined:
-            break
-        if isolated:
-            log.warning("%d shards were lost; their rows are now decoded one by one", work.num_pending)
-        with streaming(tolerant=not isolated), ending_gently(), _shown(work.num_rows, progress) as line:
-            scored = score_shards(folder, work, scorer._replace(isolated=isolated))
-            with closing(commit_shards(scored, committer)) as outcomes:
-                tally.run(outcomes if work.pending else (), work, lease, line)
+    work = find_work(output, plan)
+    with ending_gently(), _shown(work.num_rows, progress) as line:
+        for isolated in (False, True):
+            if not work.pending and not work.unjoined:
+                break
+            if isolated:
+                log.warning("%d shards were lost; their rows are now decoded one by one", work.num_pending)
+            with streaming(tolerant=not isolated):
+                scored = score_shards(folder, work, scorer._replace(isolated=isolated))
+                with closing(commit_shards(scored, committer)) as outcomes:
+                    tally.run(outcomes if work.pending else (), work, lease, line)
+            work = find_work(output, plan)
     if tally.errors:
         raise tally.errors[0]
     read_back(committer, plan, records)

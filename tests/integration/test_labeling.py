@@ -21,6 +21,7 @@ from mmray.decisions import decide
 from mmray.errors import DataError, OutputError
 from mmray.labeler import Labeler
 from mmray.labeling import label_dataset
+from mmray.lease import Lease
 from mmray.parquet import describe_files, find_files
 from mmray.plan import Plan, Shard
 from mmray.schema import PREDICTION_COLUMNS
@@ -448,3 +449,48 @@ def test_a_dataset_without_rows_gives_an_output_without_rows(draw_rows, bundle_u
     assert result.num_rows == 0
     assert read(tmp_path / "out", "a.parquet").num_rows == 0
     assert verify_dataset(str(tmp_path / "rows"), str(tmp_path / "out")).problems == []
+
+
+def test_a_damaged_row_group_and_an_unreadable_file_cost_themselves_alone(draw_rows, bundle_uri, tmp_path):
+    source, output = tmp_path / "rows", tmp_path / "out"
+    source.mkdir()
+    for path, seed in (("a.parquet", 1), ("b.parquet", 2), ("late.parquet", 3)):
+        pq.write_table(draw_rows(300, seed), source / path, row_group_size=100)
+    chunk = pq.read_metadata(source / "a.parquet").row_group(1).column(1)
+    content = bytearray((source / "a.parquet").read_bytes())
+    start = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)))
+    content[start : start + chunk.total_compressed_size] = bytes(chunk.total_compressed_size)
+    (source / "a.parquet").write_bytes(content)
+    sound = (source / "late.parquet").read_bytes()
+    (source / "late.parquet").write_bytes(sound[:-4] + b"PARX")
+
+    options = ("--input", source, "--model", bundle_uri, "--output", output, "--max-failed-fraction", 0.2)
+    result = run(*options)
+    assert result.exit_code == 2
+    assert "late.parquet: no Parquet footer" in result.stderr
+
+    config = LabelConfig(max_failed_fraction=0.2, skip_unreadable_files=True)
+    label_dataset(str(source), bundle_uri, str(output), config=config)
+    table = read(output, "a.parquet")
+    assert table["status"].to_pylist() == ["ok"] * 100 + ["failed"] * 100 + ["ok"] * 100
+    assert table["image_id"].to_pylist() == draw_rows(300, 1)["image_id"].to_pylist()
+    assert table["error"][150].as_py().startswith("row group 1 is damaged (column image: ")
+    assert read(output, "b.parquet")["status"].to_pylist() == ["ok"] * 300
+    assert not (output / "late.parquet").exists()
+    manifest = json.loads((output / "_mmray" / "manifest.json").read_text())
+    assert list(manifest["skipped"]) == ["late.parquet"]
+    assert verify_dataset(str(source), str(output)).problems == []
+
+    (source / "late.parquet").write_bytes(sound)
+    label_dataset(str(source), bundle_uri, str(output), config=config, extend=True)
+    assert read(output, "late.parquet")["status"].to_pylist() == ["ok"] * 300
+    assert json.loads((output / "_mmray" / "manifest.json").read_text())["skipped"] == {}
+    assert verify_dataset(str(source), str(output)).problems == []
+
+
+def test_an_output_that_another_job_works_on_is_refused(archive, bundle_uri, tmp_path):
+    with Lease(Folder(str(tmp_path / "out")), renewal_s=0.2):
+        result = run("--input", archive.folder, "--model", bundle_uri, "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "is being labeled by process" in result.stderr
+    assert list((tmp_path / "out").rglob("*.parquet")) == []

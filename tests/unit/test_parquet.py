@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mmray import parquet
 from mmray.errors import DataError
 from mmray.parquet import (
+    DAMAGE,
     FOOTER_GUESS_BYTES,
     MAX_SHARD_BYTES,
     MAX_SHARD_ROWS,
@@ -340,3 +341,93 @@ def test_an_input_without_data_is_refused_by_its_uri(folder, path):
     with pytest.raises(DataError, match=r"no \.parquet file there") as caught:
         find_files(folder.uri + path)
     assert folder.uri + path in str(caught.value)
+
+
+def damage(folder, path, group, name, *, share=1.0):
+    """Zero the bytes of a column in a row group, or the last share of them."""
+    content = bytearray(folder.read(path))
+    metadata = pq.read_metadata(pa.BufferReader(folder.read(path)))
+    chunks = [metadata.row_group(group).column(index) for index in range(metadata.num_columns)]
+    for chunk in (chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] == name):
+        start = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)))
+        size = int(chunk.total_compressed_size * share)
+        end = start + chunk.total_compressed_size
+        content[end - size : end] = bytes(size)
+    folder.publish(path, bytes(content))
+
+
+@pytest.mark.parametrize("name", ["row", "image", "words", "kind"])
+def test_rows_of_a_damaged_row_group_are_given_with_the_reason_and_what_can_be_read(folder, name):
+    table = make_table(900)
+    file = write(folder, "a.parquet", table, [300, 300, 300])
+    damage(folder, "a.parquet", 1, name)
+    with pytest.raises(DataError, match=rf"a\.parquet: row group 1 is damaged \(column {name}: "):
+        list(read_units(folder, file, file.units))
+    read = pa.concat_tables(rows for _, _, rows in read_units(folder, file, file.units, salvage=True))
+    reasons = read[DAMAGE].to_pylist()
+    assert [bool(reason) for reason in reasons] == [False] * 300 + [True] * 300 + [False] * 300
+    assert reasons[300].startswith(f"row group 1 is damaged (column {name}: ")
+    for column in table.column_names:
+        expected = table[column].to_pylist()
+        if column == name:
+            expected[300:600] = [None] * 300
+        assert repr(read[column].to_pylist()) == repr(expected)  # NaN equals nothing, its text does
+
+
+def test_a_large_row_group_that_ends_in_damage_gives_all_its_rows(folder):
+    table = make_table(2500)
+    folder.publish("a.parquet", b"")
+    pq.write_table(table, folder.path("a.parquet"), row_group_size=2500, data_page_size=2000)
+    file = describe(folder, "a.parquet")
+    name = table.column_names[0]
+    damage(folder, "a.parquet", 0, name, share=0.4)
+    parts = list(read_units(folder, file, file.units, salvage=True))
+    assert [(first, end) for first, end, _ in parts] == file.shards
+    assert all(rows.num_rows == end - first for first, end, rows in parts)
+    reasons = pa.concat_tables(rows for _, _, rows in parts)[DAMAGE]
+    assert reasons[-1].is_valid
+
+
+def test_storage_that_fails_is_not_taken_for_damage(folder):
+    class Failing(Folder):
+        def open(self, path):
+            class File(io.BytesIO):
+                def read(self, *size):
+                    raise ConnectionResetError(104, "Connection reset by peer")
+
+            return File(super().open(path).read())
+
+    write(folder, "a.parquet", make_table(20), [20])
+    file = describe(folder, "a.parquet")
+    with pytest.raises(ConnectionResetError):
+        list(read_units(Failing(folder.uri), file, file.units, salvage=True))
+
+
+def test_a_file_that_is_damaged_only_in_passing_is_read_whole(folder):
+    class Passing(Folder):
+        """A folder whose first opening reads zeros."""
+
+        def open(self, path):
+            content = super().open(path).read()
+            first = not getattr(self, "opened", False)
+            object.__setattr__(self, "opened", True)
+            return io.BytesIO(bytes(len(content)) if first else content)
+
+    table = make_table(50)
+    write(folder, "a.parquet", table, [25, 25])
+    file = describe(folder, "a.parquet")
+    [(_, _, rows)] = read_units(Passing(folder.uri), file, file.units, salvage=True)
+    assert rows[DAMAGE].null_count == 50
+    assert repr(rows.drop_columns(DAMAGE).to_pylist()) == repr(table.to_pylist())
+
+
+def test_unreadable_files_are_left_out_only_if_that_is_asked_for(folder):
+    write(folder, "a.parquet", make_table(20), [20])
+    folder.publish("b.parquet", b"PAR1 no footer")
+    files = folder.list()
+    with pytest.raises(DataError, match=r"b\.parquet: no Parquet footer"):
+        describe_files(folder, files, "image")
+    unreadable = {}
+    assert [file.path for file, _ in describe_files(folder, files, "image", unreadable)] == ["a.parquet"]
+    assert list(unreadable) == ["b.parquet"]
+    assert "no Parquet footer" in unreadable["b.parquet"]

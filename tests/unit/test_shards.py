@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from mmray.errors import DataError, OutputError
 from mmray.parquet import DataFile
 from mmray.plan import PIECES, PLAN, Plan, Shard, cut_to, find_work, shards_of
-from mmray.shards import MANIFEST, REJECTIONS, SUCCESS, Committer, finish, read_record
+from mmray.shards import (
+    MANIFEST,
+    RECORDS,
+    REJECTIONS,
+    SUCCESS,
+    Committer,
+    FileRecord,
+    Records,
+    finish,
+    read_record,
+)
 from mmray.storage import Folder
 
 light = settings(deadline=None, max_examples=60)
@@ -430,3 +440,19 @@ def test_a_file_called_like_the_folder_of_anothers_pieces_is_not_joined_early(ou
     for file in (inner, outer):
         assert commit(committer, Shard(file.path, 0, 2), labeled(0, 2), file) is None
     assert committer.join(outer) is None
+
+
+def test_records_of_done_files_outlive_a_run_as_far_as_it_published_them(output):
+    first = Records(output)
+    assert first.found == {}
+    for number in range(4):
+        first.add(FileRecord(f"{number}.parquet", number, {"ok": number}, 10, "sha"))
+        if number in (1, 2):
+            first.publish()
+    second = Records(output)
+    assert second.found == {path: first.found[path] for path in ("0.parquet", "1.parquet", "2.parquet")}
+    second.add(FileRecord("3.parquet", 3, {"ok": 3}, 10, "sha"))
+    second.publish()
+    second.publish()
+    assert list((output / RECORDS).list()) == [f"{number:08}.json" for number in range(3)]
+    assert Records(output).found == first.found
