@@ -82,7 +82,7 @@ class Labeler:
             device: such as `cpu` or `cuda` [default: a GPU if there is one].
             precision: `fp32` or `bf16`.
             num_threads: decoding threads [default: torch's own number of threads].
-            decode: what decodes a row [default: `decode_row`].
+            decode: what decodes a row, and keeps its own time [default: `decode_row`].
 
         Raises:
             BundleError: the weights are damaged or belong to another model.
@@ -97,6 +97,7 @@ class Labeler:
         self.model = bundle.model().to(self.device)
         self.tokenizer = bundle.tokenizer()
         self.decode = decode or decode_row
+        self.timeout_s = None if decode else DECODE_TIMEOUT_S
         self.threads = ThreadPoolExecutor(num_threads or torch.get_num_threads(), "decode")
 
     @classmethod
@@ -147,9 +148,9 @@ class Labeler:
 
     def _results(self, rows: list[Future[Row]]) -> list[Row]:
         try:
-            return [row.result(DECODE_TIMEOUT_S) for row in rows]
+            return [row.result(self.timeout_s) for row in rows]
         except TimeoutError:
-            raise HungError(f"a row was not decoded within {DECODE_TIMEOUT_S:.0f} s") from None
+            raise HungError(f"a row was not decoded within {self.timeout_s:.0f} s") from None
 
     def _label(self, rows: list[Row]) -> Labeled:
         valid = np.array([row.status is not Status.FAILED for row in rows])
