@@ -26,7 +26,7 @@ from mmray.errors import OutputError
 from mmray.images import DECODER
 from mmray.lease import Lease
 from mmray.parquet import MAX_SHARD_BYTES, MAX_SHARD_ROWS, DataFile, describe_files, find_files
-from mmray.plan import Plan, cut_to, find_work
+from mmray.plan import Plan, Work, cut_to, find_work
 from mmray.progress import Progress
 from mmray.schema import passthrough_names, require_columns, require_kinds
 from mmray.scoring import Pool, Scorer, score_shards, streaming
@@ -191,20 +191,27 @@ def label_dataset(
         plan = plan_labeling(
             folder, files, bundle, output, columns, scorer.config, extend=extend, dry_run=dry_run
         )
-        pending = find_work(output, plan).num_pending
-        manifest = None if dry_run else finished_manifest(output, plan)
+        work = find_work(output, plan)
+        num_resumed = plan.num_shards - work.num_pending
+        manifest = None if work else finished_manifest(output, plan)
         if lease and not manifest:
-            if committed := plan.num_shards - pending:
-                log.info("resuming: %d of %d shards are committed", committed, plan.num_shards)
-            manifest = label_planned(folder, output, plan, scorer, lease, progress=progress)
+            if num_resumed:
+                log.info("resuming: %d of %d shards are committed", num_resumed, plan.num_shards)
+            manifest = label_planned(folder, output, plan, work, scorer, lease, progress=progress)
     counts = manifest["counts"] if manifest else {}
     seconds = time.monotonic() - started
-    num_resumed = plan.num_shards - pending
     return LabelingResult(plan.num_rows, counts, len(plan.files), plan.num_shards, num_resumed, seconds)
 
 
 def label_planned(
-    folder: Folder, output: Folder, plan: Plan, scorer: Scorer, lease: Lease, *, progress: bool
+    folder: Folder,
+    output: Folder,
+    plan: Plan,
+    work: Work,
+    scorer: Scorer,
+    lease: Lease,
+    *,
+    progress: bool,
 ) -> dict[str, Any]:
     """Label what a plan still lacks, and finish the output.
 
@@ -220,10 +227,9 @@ def label_planned(
     """
     committer, records = Committer(output, plan.fingerprint), Records(output)
     tally = Tally(plan, committer, records, scorer.config.max_failed_fraction)
-    work = find_work(output, plan)
     with ending_gently(), _shown(work.num_rows, progress) as line:
         for isolated in (False, True):
-            if not work.pending and not work.unjoined:
+            if not work:
                 break
             if isolated:
                 log.warning("%d shards were lost; their rows are now decoded one by one", work.num_pending)

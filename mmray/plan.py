@@ -190,6 +190,10 @@ class Work(NamedTuple):
     unjoined: list[DataFile]
     """Files whose pieces are all there."""
 
+    def __bool__(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.pending or self.unjoined)
+
     def shards(self) -> Iterator[Shard]:
         """Give the shards that are not committed."""
         for file, units in self.pending:
