@@ -1,9 +1,10 @@
 """What can go wrong, as one tree.
 
-    MmrayError                 every error that a user can mend; its text is one line: value, place, remedy
+    MmrayError                 every error that a user can act on; its text is one line: value, place, remedy
     ├── ConfigError            an option or recipe that cannot work
     ├── DataError              input that cannot be read or means nothing
     ├── BundleError            a bundle that is damaged, incomplete or of another version
+    ├── StorageError           a store that keeps failing; the same command resumes
     └── OutputError            an output that belongs to another job
         └── BudgetError        more failed rows than the budget allows: the job ran and its result is bad
 
@@ -13,10 +14,13 @@ A job ends with the `exit_status` of the error that reached its edge (see `mmray
 from __future__ import annotations
 
 import json
+import os
+import re
+from urllib.parse import urlsplit
 
 
 class MmrayError(Exception):
-    """Base of all errors that a user can mend."""
+    """Base of all errors that a user can act on."""
 
     exit_status = 2
 
@@ -33,6 +37,15 @@ class BundleError(MmrayError):
     """A bundle that is damaged, incomplete or of another schema version."""
 
 
+class StorageError(MmrayError):
+    """A store that keeps failing, after all retries.
+
+    Not an `OSError`: readers of Parquet take that for damaged pages.
+    """
+
+    exit_status = 3
+
+
 class OutputError(MmrayError):
     """An output that belongs to another job."""
 
@@ -41,6 +54,28 @@ class BudgetError(OutputError):
     """More rows failed than `--max-failed-fraction` allows. The job ran, and its result is bad."""
 
     exit_status = 1
+
+
+_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
+_ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+_SIGNED = re.compile(  # name=value and 'name': 'value', in URLs, headers and records
+    r"""(?ix) (x-amz-[\w-]+ | signature | credential | authorization | aws_?access_?key_?id
+    | secret_?(?:access_?)?key | session_?token) (['"]? \s* [=:] \s* b?['"]?) [^\s&,;'"<>]+"""
+)
+_KEY_ID = re.compile(r"\bA[KS]IA[A-Z0-9]{12,}\b")
+_USER = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+def redact(text: str) -> str:
+    """Take credentials, signatures and the endpoint out of a text, whoever wrote it."""
+    for name in _SECRETS:
+        if value := os.environ.get(name):
+            text = text.replace(value, f"<{name}>")
+    for name in _ENDPOINTS:
+        value = os.environ.get(name, "")
+        for part in filter(None, (value, urlsplit(value).netloc)):
+            text = text.replace(part, f"<{name}>")
+    return _USER.sub("", _KEY_ID.sub("<redacted>", _SIGNED.sub(r"\1\2<redacted>", text)))
 
 
 def find_error(error: BaseException) -> MmrayError | None:

@@ -1,8 +1,49 @@
-"""Errors on their way between processes, as text."""
+"""Errors on their way between processes, as text; and what no text may hold: credentials, the endpoint."""
 
 import pytest
 
-from mmray.errors import BudgetError, BundleError, DataError, MmrayError, from_json, to_json
+from mmray.errors import BudgetError, BundleError, DataError, MmrayError, from_json, redact, to_json
+
+SECRET = "wJalrXUtnFEMI/K7MDENG"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"Authorization: AWS4-HMAC-SHA256 Credential={SECRET}/20261123/us-east-1, Signature={SECRET}",
+        f"GET http://127.0.0.1/a?X-Amz-Credential={SECRET}&X-Amz-Signature={SECRET}&list-type=2",
+        f"{{'X-Amz-Security-Token': b'{SECRET}', \"AWSAccessKeyId\": \"{SECRET}\"}}",
+        f"https://user:{SECRET.replace('/', '')}@store/bucket",
+        f"aws_secret_access_key = {SECRET}\naws_session_token={SECRET}",
+        f"secret_key='{SECRET}'",
+    ],
+)
+def test_what_is_named_as_a_secret_is_taken_out(text):
+    assert SECRET not in redact(text) and SECRET.replace("/", "") not in redact(text)
+
+
+@pytest.mark.parametrize("key", ["AKIAIOSFODNN7EXAMPLE", "ASIAIOSFODNN7EXAMPLE"])
+def test_key_ids_are_known_by_their_form(key):
+    assert redact(f"no such key {key}.") == "no such key <redacted>."
+
+
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID"])
+def test_what_the_environment_holds_is_taken_out_wherever_it_stands(name, monkeypatch):
+    monkeypatch.setenv(name, SECRET)
+    assert redact(f"before{SECRET}after") == f"before<{name}>after"
+
+
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+def test_the_endpoint_is_taken_out_as_url_and_as_host(name, monkeypatch):
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    monkeypatch.setenv(name, "https://store.internal:9000")
+    text = redact('cannot reach "https://store.internal:9000/bucket" at store.internal:9000')
+    assert "internal" not in text and "/bucket" in text
+
+
+def test_what_is_no_secret_stays():
+    text = "s3://bucket/user@host/year=1: 3 of 40 rows (signature of a function), token ids: 7"
+    assert redact(text) == text
 
 
 @pytest.mark.parametrize("kind", [MmrayError, DataError, BundleError, BudgetError])
