@@ -1,34 +1,91 @@
-"""A real S3 protocol over HTTP: moto's server, on the socket that tests/conftest.py settled beforehand."""
+"""A real S3 protocol over HTTP: a store, and a proxy before it that can spoil the way there.
 
+The store is moto's server, or whatever `MMRAY_TEST_S3` names by host and port. Jobs and their workers know
+the proxy alone, which listens on the socket that tests/conftest.py settled beforehand.
+"""
+
+import os
 import socket
+import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
 
-@pytest.fixture(scope="session")
-def s3_server(s3_socket: socket.socket) -> Iterator[None]:
-    """Serve S3 until the tests end; all it holds is in memory."""
+from faulty_proxy import FaultyProxy
+
+STORE = os.environ.get("MMRAY_TEST_S3")
+if STORE:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        os.environ[name] = os.environ[f"MMRAY_TEST_{name}"]
+
+
+@contextmanager
+def moto() -> Iterator[str]:
+    """Serve S3 from memory; gives host and port."""
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
     application = DomainDispatcherApplication(create_backend_app)
-    s3_socket.listen(128)
-    host, port = s3_socket.getsockname()
-    server = make_server(host, port, application, threaded=True, fd=s3_socket.fileno())
+    server = make_server("127.0.0.1", 0, application, threaded=True)
     thread = threading.Thread(target=server.serve_forever, name="s3", daemon=True)
     thread.start()
-    yield
+    yield f"127.0.0.1:{server.server_port}"
     server.shutdown()
     thread.join()
 
 
+@contextmanager
+def proxied(listener: socket.socket, store: str) -> Iterator[FaultyProxy]:
+    """Put a proxy before a store."""
+    proxy = FaultyProxy(listener, store)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture(scope="session")
+def proxy(s3_socket: socket.socket) -> Iterator[FaultyProxy]:
+    """Serve S3 until the tests end."""
+    if STORE:
+        with proxied(s3_socket, STORE) as proxy:
+            yield proxy
+    else:
+        with moto() as store, proxied(s3_socket, store) as proxy:
+            yield proxy
+
+
 @pytest.fixture
-def bucket(s3_server: None, request: pytest.FixtureRequest) -> str:
+def bucket(proxy: FaultyProxy, request: pytest.FixtureRequest) -> str:
     """Give the URI of a new bucket."""
     import fsspec
 
     name = f"bucket-{abs(hash(request.node.nodeid)) % 10**10}"
     fsspec.filesystem("s3", use_listings_cache=False).mkdir(name)
     return f"s3://{name}"
+
+
+@pytest.fixture
+def new_clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let folders connect anew, by what the environment and the storage module say in this test."""
+    import s3fs
+
+    from mmray import storage
+
+    def forget() -> None:
+        storage._filesystem.cache_clear()
+        s3fs.S3FileSystem.clear_instance_cache()
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def impatient(new_clients: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give up early on a store that keeps failing, and on an answer that does not come."""
+    monkeypatch.setattr("mmray.storage.ATTEMPTS", 2)
+    monkeypatch.setattr("mmray.storage.READ_TIMEOUT_S", 1)

@@ -50,7 +50,7 @@ def test_a_neighbour_of_the_same_beginning_is_not_listed(bucket):
     assert Folder(f"{bucket}/rows").list() == {"a": 1}
 
 
-def test_a_bucket_that_is_not_there_is_one_clear_line(s3_server):
+def test_a_bucket_that_is_not_there_is_one_clear_line(proxy):
     with pytest.raises(MmrayError) as caught:
         label_dataset("s3://no-such-bucket-anywhere/rows", "s3://no-such-bucket-anywhere/b", "s3://x/y")
     assert "no-such-bucket-anywhere" in str(caught.value)

@@ -3,6 +3,7 @@
 import os
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,55 @@ def test_a_publish_outlives_the_removal_of_its_folder_by_another(folder, monkeyp
     assert folder.read("pieces/b/file") == b"rows" and not interferences
 
 
+def test_a_file_is_created_where_there_is_none_and_stays_as_it_was_where_there_is(folder):
+    assert folder.create("a/lease", b"first")
+    assert not folder.create("a/lease", b"second") and not folder.create("a/lease", b"first")
+    assert folder.read("a/lease") == b"first" and folder.list() == {"a/lease": 5}
+    folder.remove(["a/lease"])
+    assert folder.create("a/lease", b"third")
+
+
+def create_at_once(folder, size):
+    """Let eight create the same file; give whether each did, and what they would write."""
+    contents = [bytes([caller]) * size for caller in range(8)]
+    with ThreadPoolExecutor(len(contents)) as callers:
+        return list(callers.map(lambda content: folder.create("lease", content), contents)), contents
+
+
+def test_of_many_that_create_a_file_one_does_and_no_reader_sees_a_part(folder):
+    seen, done = [], threading.Event()
+
+    def read():
+        while not done.is_set():
+            seen.append(folder.read_or_none("lease"))
+
+    with ThreadPoolExecutor(1) as readers:
+        reader = readers.submit(read)
+        for _ in range(20):
+            made, contents = create_at_once(folder, 300_000)
+            assert made.count(True) == 1
+            assert folder.read("lease") == contents[made.index(True)]
+            folder.remove(["lease"])
+        done.set()
+        reader.result()
+    assert set(seen) <= {None, *contents}
+
+
+def test_a_disk_without_hard_links_creates_once_too(folder, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert folder.create("lease", b"first") and not folder.create("lease", b"second")
+    assert folder.read("lease") == b"first" and folder.list() == {"lease": 5}
+
+
+def test_a_store_without_conditions_creates_once(request):
+    folder = Folder(f"memory://{request.node.name}")
+    assert folder.create("lease", b"first") and not folder.create("lease", b"second")
+    assert folder.read("lease") == b"first"
+
+
 def test_a_file_where_a_folder_should_be_is_an_error_and_stays(folder):
     folder.publish("a", b"1")
     with pytest.raises(OSError):
@@ -176,6 +226,7 @@ def test_paths_that_lead_out_of_the_folder_are_refused(folder, path):
         folder.read,
         folder.open,
         lambda path: folder.publish(path, b""),
+        lambda path: folder.create(path, b""),
         lambda path: folder.remove([path]),
     ):
         with pytest.raises(DataError, match="leads out of"):
