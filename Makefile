@@ -1,8 +1,8 @@
-# make demo | test | test-recipes | check | lock. The first one sets everything up, in .venv.
+# make demo | test | test-swift | test-recipes | check | lock. The first one sets everything up, in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-recipes check format lock clean
+.PHONY: setup demo test test-swift test-recipes check format lock clean
 .DELETE_ON_ERROR:
 
 setup: .venv/installed
@@ -18,6 +18,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# The tests of object storage against OpenStack Swift, where Debian's packages of it are installed.
+test-swift: setup
+	$(BIN)/python tests/s3/swift.py $(BIN)/python -m pytest tests/s3
 
 test-recipes: setup
 	$(BIN)/python -m pytest -m recipe -s
