@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from mmray.errors import find_error
+from mmray.errors import find_error, redact
 
 EXIT_BAD_RESULT = 1
 EXIT_INTERRUPTED = 3
@@ -102,6 +102,7 @@ def at_edge(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
+            _check_stores(kwargs)
             function(*args, **kwargs)
         except KeyboardInterrupt:
             _leave("interrupted; the same command resumes", EXIT_INTERRUPTED)
@@ -119,9 +120,25 @@ def at_edge(function: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def _check_stores(options: dict[str, Any]) -> None:
+    """Meet the store of each URI before Ray starts, so that a wrong one is told at once and as the user's."""
+    for name, value in options.items():
+        if name.endswith("_uri") and "://" in (value or ""):
+            from mmray.storage import Folder
+
+            Folder(value).check()
+
+
 def _leave(message: str, status: int) -> None:
-    click.echo(f"mmray: {message}", err=True)
+    click.echo(f"mmray: {redact(message)}", err=True)
     sys.exit(status)
+
+
+class _RedactingFormatter(logging.Formatter):
+    """Writes records without credentials, tracebacks included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
 
 
 @contextmanager
@@ -141,7 +158,9 @@ def cluster() -> Iterator[None]:
     if quiet:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # Never DEBUG for all: botocore would log the requests that it signs, session tokens and all.
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_RedactingFormatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("mmray").setLevel(logging.INFO if quiet else logging.DEBUG)
 
     import ray
@@ -151,7 +170,10 @@ def cluster() -> Iterator[None]:
     if started_here:
         with _silenced() if quiet else nullcontext():
             ray.init(
-                log_to_driver=not quiet, logging_level="ERROR" if quiet else "INFO", include_dashboard=False
+                log_to_driver=not quiet,
+                logging_level="ERROR" if quiet else "INFO",
+                include_dashboard=False,
+                runtime_env=_runtime_env(),
             )
         signal.signal(
             signal.SIGTERM, _interrupt
@@ -164,6 +186,25 @@ def cluster() -> Iterator[None]:
     finally:
         if started_here:
             ray.shutdown()
+
+
+def _runtime_env() -> dict[str, Any] | None:
+    """Have workers on all nodes take over what this process's environment says of object storage.
+
+    By a function that they run as they start, not by `env_vars`: these are written into the logs of every
+    node and shown by the dashboard and `ray list`. The function is held by the cluster's control store, where
+    whoever may run jobs on the cluster could find it. Roles of the machines leave nothing to find.
+    """
+    from mmray.storage import shared_environment
+
+    variables = shared_environment()
+    if not variables:
+        return None
+
+    def share_environment() -> None:
+        os.environ.update(variables)
+
+    return {"worker_process_setup_hook": share_environment}
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -45,6 +45,13 @@ LIST_PAGE = 1000
 
 REMOVALS_AT_ONCE = 16
 
+SHARED_VARIABLES = (
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"),
+    *("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
+    *("AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION"),
+)
+"""What means the same on every machine, unlike paths of files and addresses of credential services."""
+
 ATTEMPTS = 5
 """How often botocore makes a request; between them it waits up to 1, 2, 4 and 8 seconds, at random."""
 
@@ -278,6 +285,30 @@ class Folder:
     def publish_json(self, path: str, record: Any) -> None:
         """Publish a record as JSON that a person can read."""
         self.publish(path, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def shared_environment() -> dict[str, str]:
+    """Give what other machines need in their environment to reach the same stores as this process.
+
+    The profile in use is given by its keys, region and endpoint, since its file may be on this machine alone.
+    A profile without keys (a role, single sign-on) is given by its name and must exist there too. Where
+    nothing is set the machines use their own roles, which is better: then there is no secret to hand on.
+    """
+    import botocore.session
+
+    variables = {name: value for name in SHARED_VARIABLES if (value := os.environ.get(name))}
+    if "AWS_ACCESS_KEY_ID" in variables:
+        return variables
+    try:
+        profile = botocore.session.Session().get_scoped_config()
+    except botocore.exceptions.BotoCoreError:
+        return variables  # the first request will say what is wrong with the profile
+    keys = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+    names = {key: key.upper() for key in keys}
+    names |= {"region": "AWS_DEFAULT_REGION", "endpoint_url": "AWS_ENDPOINT_URL"}
+    if keys[0] in profile:
+        variables.pop("AWS_PROFILE", None)
+    return {names[key]: value for key, value in profile.items() if key in names} | variables
 
 
 def visible(path: str) -> bool:

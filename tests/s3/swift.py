@@ -3,8 +3,8 @@
     python swift.py COMMAND...
 
 The command finds in its environment where the store is and its keys, as tests/s3/conftest.py reads them.
-Swift is Debian's: swift-proxy, swift-account, swift-container, swift-object. Where these are not installed the
-command is not run; that is said, and is no failure.
+Swift is Debian's: swift-proxy, swift-account, swift-container, swift-object. Where these are not installed
+the command is not run; that is said, and is no failure.
 """
 
 from __future__ import annotations

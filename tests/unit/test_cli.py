@@ -217,6 +217,13 @@ def test_an_unexpected_error_is_one_line_that_says_how_to_go_on():
     assert "RuntimeError: disk on fire" in line and "resumes" in line and len(line) < 1000
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, DataError])
+def test_no_line_at_the_edge_holds_a_secret(kind, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "swordfish")
+    result = edge(kind("GET http://store/?X-Amz-Signature=abcdef with swordfish"))
+    assert "GET" in result.stderr and "abcdef" not in result.output and "swordfish" not in result.output
+
+
 def test_an_interrupted_job_says_that_it_resumes():
     result = edge(KeyboardInterrupt())
     assert result.exit_code == 3

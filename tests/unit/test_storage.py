@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmray.errors import ConfigError, DataError
-from mmray.storage import Folder, visible
+from mmray.storage import Folder, shared_environment, visible
 
 light = settings(deadline=None, max_examples=100)
 
@@ -310,6 +310,62 @@ def test_arrow_reads_what_was_published(folder):
     filesystem, root = folder.arrow()
     with filesystem.open_input_file(f"{root}/a/b") as file:
         assert file.read() == b"rows"
+
+
+PROFILES = """
+[profile keys]
+region = eu-central-1
+endpoint_url = https://store:9000
+aws_access_key_id = the-key
+aws_secret_access_key = the-secret
+output = json
+
+[profile role]
+role_arn = arn:aws:iam::1:role/labeler
+source_profile = keys
+"""
+
+
+@pytest.fixture
+def aws(tmp_path, monkeypatch):
+    """Give `set(**variables)`: these are all of AWS in the environment, with a file of profiles."""
+    (tmp_path / "config").write_text(PROFILES)
+
+    def set_variables(**variables):
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            monkeypatch.delenv(name)
+        files = {"AWS_CONFIG_FILE": "config", "AWS_SHARED_CREDENTIALS_FILE": "none"}
+        for name, value in (variables | {name: str(tmp_path / file) for name, file in files.items()}).items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
+def test_what_the_environment_says_of_stores_is_shared_without_what_holds_here_alone(aws):
+    shared = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_ENDPOINT_URL": "http://c"}
+    aws(**shared, AWS_CONTAINER_CREDENTIALS_RELATIVE_URI="/here", AWS_REGION="")
+    assert shared_environment() == shared
+
+
+def test_a_profile_is_shared_as_what_it_holds(aws):
+    aws(AWS_PROFILE="keys", AWS_ENDPOINT_URL="https://another")
+    assert shared_environment() == {
+        "AWS_ACCESS_KEY_ID": "the-key",
+        "AWS_SECRET_ACCESS_KEY": "the-secret",
+        "AWS_DEFAULT_REGION": "eu-central-1",
+        "AWS_ENDPOINT_URL": "https://another",
+    }
+
+
+@pytest.mark.parametrize("profile", ["role", "nobody"])
+def test_a_profile_without_keys_is_shared_by_its_name(aws, profile):
+    aws(AWS_PROFILE=profile)
+    assert shared_environment() == {"AWS_PROFILE": profile}
+
+
+def test_where_nothing_is_set_nothing_is_shared(aws):
+    aws()
+    assert shared_environment() == {}
 
 
 @pytest.mark.parametrize(
