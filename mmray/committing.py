@@ -17,7 +17,7 @@ import ray
 import ray.data
 
 from mmray import errors
-from mmray.errors import BudgetError, MmrayError
+from mmray.errors import BudgetError, MmrayError, StorageError
 from mmray.lease import Lease
 from mmray.parquet import DataFile
 from mmray.plan import Plan, Shard, Work
@@ -139,7 +139,8 @@ class Tally:
     def _note(self, error: Exception) -> None:
         """Raise what a user must mend; remember what may pass, unless it is too much."""
         self.errors.append(error)
-        if isinstance(error, MmrayError) or len(self.errors) > TOLERATED_ERRORS:
+        users = isinstance(error, MmrayError) and not isinstance(error, StorageError)
+        if users or len(self.errors) > TOLERATED_ERRORS:
             raise error
 
     def _start_join(self, file: DataFile) -> None:
