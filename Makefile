@@ -1,8 +1,8 @@
-# make demo | test | test-swift | test-recipes | check | lock. The first one sets everything up, in .venv.
+# make demo | test | test-faults | test-swift | test-recipes | check | lock. The first one sets everything up, in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-swift test-recipes check format lock clean
+.PHONY: setup demo test test-faults test-swift test-recipes check format lock clean
 .DELETE_ON_ERROR:
 
 setup: .venv/installed
@@ -22,6 +22,10 @@ test: setup
 # The tests of object storage against OpenStack Swift, where Debian's packages of it are installed.
 test-swift: setup
 	$(BIN)/python tests/s3/swift.py $(BIN)/python -m pytest tests/s3
+
+# Prints its seeds; MMRAY_FAULT_SEED=N begins with the same ones again.
+test-faults: setup
+	$(BIN)/python -m pytest tests/faults -m 'faults or not faults' -s
 
 test-recipes: setup
 	$(BIN)/python -m pytest -m recipe -s

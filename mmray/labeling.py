@@ -31,7 +31,6 @@ from mmray.progress import Progress
 from mmray.schema import passthrough_names, require_columns, require_kinds
 from mmray.scoring import Pool, Scorer, score_shards, streaming
 from mmray.shards import (
-    MANIFEST,
     SUCCESS,
     Committer,
     FileRecord,
@@ -129,7 +128,7 @@ def plan_labeling(
     new = cut_to((file for file, _ in described), left)
     if dry_run or not new:  # the latter: the limit was reached before these files
         return replace(plan, files=plan.files + new)
-    output.remove([SUCCESS, MANIFEST] if plan.parts else [])
+    output.remove([SUCCESS] if plan.parts else [])
     return plan.append(output, new, unreadable)
 
 
@@ -226,6 +225,7 @@ def label_planned(
         OutputError: another job has taken the output over, or a file in it is not this job's.
     """
     committer, records = Committer(output, plan.fingerprint), Records(output)
+    records.forget(file.path for file, _ in work.pending)
     tally = Tally(plan, committer, records, scorer.config.max_failed_fraction)
     with ending_gently(), _shown(work.num_rows, progress) as line:
         for isolated in (False, True):

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmray.errors import DataError
+from mmray.faults import moment
 from mmray.storage import Folder, visible
 
 MAX_SHARD_ROWS = 1000
@@ -210,6 +211,7 @@ def read_units(
     ends = np.cumsum([metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)])
     with RowGroups(folder, file.path, metadata, columns, salvage) as row_groups:
         for unit in units:
+            moment("before read", f"{file.path} {unit[0]}-{unit[-1]}")
             inside = [index for index in range(len(ends)) if _overlaps(unit, ends, index)]
             batch_size = min(MAX_SHARD_ROWS, max(1, unit[1] - unit[0]))
             batches = chain.from_iterable(row_groups.batches(index, batch_size) for index in inside)

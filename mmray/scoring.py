@@ -26,6 +26,7 @@ from mmray import errors
 from mmray.bundle import Bundle
 from mmray.config import Columns, ComputeConfig, LabelConfig, Workers
 from mmray.errors import ConfigError
+from mmray.faults import moment
 from mmray.parquet import DAMAGE, MAX_SHARD_BYTES, DataFile, Unit, read_units
 from mmray.plan import Shard, Work, shards_of
 from mmray.schema import KeptScores, Status, image_bytes, output_schema, passthrough_names, prediction_fields
@@ -241,6 +242,7 @@ class ScoreShards:
         error = parcel.error or self.refusal
         if error is None:
             assert parcel.rows is not None
+            moment("before score", "{} {}-{}".format(*parcel.shard))
             try:
                 return parcel._replace(rows=self.label(parcel.rows))
             except HungError:  # its thread cannot be stopped, but this process can: Ray starts another one

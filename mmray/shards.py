@@ -169,25 +169,38 @@ class Records:
     def __init__(self, output: Folder) -> None:
         """Read what earlier runs have published."""
         self.output = output
-        self.found: dict[str, FileRecord] = {}
         self._unpublished: list[FileRecord] = []
-        parts = [path for path in output.list(".json") if path.startswith(f"{RECORDS}/")]
-        self._next = 1 + max((int(Path(part).stem) for part in parts), default=-1)
-        for part in parts:
-            for record in output.read_json(part) or ():
-                self.found[record["path"]] = FileRecord(**record)
+        self._parts = [f"{RECORDS}/{part}" for part in (output / RECORDS).list(".json")]
+        self._manifest = output.read_json(MANIFEST)
+        listed = [*(self._manifest or {}).get("files", ())]
+        for part in self._parts:
+            listed += output.read_json(part) or ()
+        self.found = {record["path"]: FileRecord(**record) for record in listed}
 
     def add(self, record: FileRecord) -> None:
         """Take the record of a file that is done now."""
         self.found[record.path] = record
         self._unpublished.append(record)
 
+    def forget(self, paths: Iterable[str]) -> None:
+        """Drop files that are to be labeled, on storage too; and the manifest, which then knows too little."""
+        gone = [*paths]
+        if not gone or not (self._manifest or self.found.keys() & gone):
+            return
+        before = [*self._parts, *([MANIFEST] if self._manifest else [])]
+        self.found = {path: record for path, record in self.found.items() if path not in gone}
+        self._unpublished = list(self.found.values())
+        self.publish()
+        self.output.remove(before)
+        self._manifest = None
+
     def publish(self) -> None:
         """Publish what came since the last time."""
         if self._unpublished:
+            number = 1 + max((int(Path(part).stem) for part in self._parts), default=-1)
+            self._parts.append(f"{RECORDS}/{number:08}.json")
             lines = [record._asdict() for record in self._unpublished]
-            self.output.publish_json(f"{RECORDS}/{self._next:08}.json", lines)
-            self._next += 1
+            self.output.publish_json(self._parts[-1], lines)
             self._unpublished = []
 
 
@@ -202,13 +215,11 @@ def finished_manifest(output: Folder, plan: Plan) -> dict[str, Any] | None:
 def finish(
     output: Folder, plan: Plan, records: Iterable[FileRecord], versions: dict[str, str]
 ) -> dict[str, Any]:
-    """Publish the manifest and `_SUCCESS`; remove what only an unfinished output needs.
+    """Publish the manifest, remove what only an unfinished output needs, and publish `_SUCCESS`.
 
     Returns:
         The manifest.
     """
-    present = output.list()
-    output.remove(path for path in present if path.startswith(f"{PIECES}/"))
     files = sorted(records)
     totals: Counter[str] = Counter()
     for record in files:
@@ -224,6 +235,6 @@ def finish(
         "files": [record._asdict() for record in files],
     }
     output.publish_json(MANIFEST, manifest)
+    output.remove(path for path in output.list() if path.startswith((f"{PIECES}/", f"{RECORDS}/")))
     output.publish(SUCCESS, b"")
-    output.remove(path for path in present if path.startswith(f"{RECORDS}/"))
     return manifest

@@ -456,3 +456,23 @@ def test_records_of_done_files_outlive_a_run_as_far_as_it_published_them(output)
     second.publish()
     assert list((output / RECORDS).list()) == [f"{number:08}.json" for number in range(3)]
     assert Records(output).found == first.found
+
+    second.forget(["elsewhere.parquet"])
+    assert len((output / RECORDS).list()) == 3
+    second.forget(["1.parquet", "elsewhere.parquet"])
+    left = {path: record for path, record in first.found.items() if path != "1.parquet"}
+    assert second.found == Records(output).found == left
+    assert len((output / RECORDS).list()) == 1
+
+
+def test_an_extended_output_knows_its_files_from_the_manifest_and_drops_that(output):
+    plan = Plan((), SETTINGS).append(output, [ONE])
+    record = commit(Committer(output, plan.fingerprint), Shard(ONE.path, 0, 4), labeled(0, 4), ONE)
+    finish(output, plan, [record], {})
+    records = Records(output)
+    assert records.found == {ONE.path: record}
+    records.forget([])
+    assert MANIFEST in output.list()
+    records.forget([THREE.path])
+    assert MANIFEST not in output.list()
+    assert Records(output).found == {ONE.path: record}

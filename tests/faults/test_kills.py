@@ -1,0 +1,93 @@
+"""Kills at every step of the protocol, and at random: no row is lost, doubled or labeled otherwise."""
+
+import random
+import time
+
+import pytest
+
+DRIVER, WORKER, ACTOR, ANY = "driver", "process at the moment", "actor", "worker"
+
+OF_THE_DRIVER = (
+    "before publish _mmray/plan/*",
+    "after publish _mmray/plan/*",
+    "before publish _mmray/manifest.json",
+    "after publish _mmray/manifest.json",
+    "before publish _SUCCESS",
+    "after publish _SUCCESS",
+)
+OF_A_WORKER = (
+    "before read a.parquet *",
+    "before read c.parquet *",
+    "before score a.parquet 0-1",
+    "before score c.parquet *",
+    "before publish _mmray/pieces/a.parquet/0-1.parquet",
+    "after publish _mmray/pieces/a.parquet/0-1.parquet",
+    "before publish _mmray/pieces/a.parquet/1-1001.parquet",
+    "after publish _mmray/pieces/a.parquet/1-1001.parquet",
+    "before publish _mmray/rejected/a.parquet.jsonl",
+    "after publish _mmray/rejected/a.parquet.jsonl",
+    "before publish a.parquet",
+    "after publish a.parquet",
+    "before publish b/one.parquet",
+    "after publish b/one.parquet",
+    "before remove _mmray/pieces/a.parquet/0-1.parquet",
+    "before remove _mmray/pieces/a.parquet/1-1001.parquet",
+    "before remove _mmray/pieces/a.parquet/1001-1002.parquet",
+)
+RISKIEST = {
+    ("after publish _mmray/plan/*", DRIVER),
+    ("after publish _mmray/pieces/a.parquet/1-1001.parquet", WORKER),
+    ("before publish a.parquet", ACTOR),
+    ("before remove _mmray/pieces/a.parquet/1-1001.parquet", DRIVER),
+    ("before publish _SUCCESS", DRIVER),
+}
+KILLS = [
+    *((moment, DRIVER) for moment in OF_THE_DRIVER),
+    *((moment, victim) for moment in OF_A_WORKER for victim in (DRIVER, WORKER, ACTOR)),
+]
+
+
+def cases():
+    for moment, victim in KILLS:
+        marks = () if (moment, victim) in RISKIEST else pytest.mark.faults
+        yield pytest.param(moment, victim, marks=marks, id=f"{victim}, {moment}".replace("/", "|"))
+
+
+@pytest.mark.parametrize(("moment", "victim"), list(cases()))
+def test_a_kill_at_a_step_of_the_protocol_changes_nothing(job, reference, moment, victim):
+    run = job.start(f"pause {moment}")
+    process = run.reached()
+    assert (process == run.process.pid) == (moment in OF_THE_DRIVER)
+    hit = run.kill(victim, process)
+    run.go()
+    if not hit:
+        assert victim == ACTOR, "only actors may be gone already"
+    job.finish_after(run, survived=victim != DRIVER)
+    reference.compare(job.output)
+    if not hit:
+        pytest.skip("no actor was left at this moment; the output is as it must be")
+
+
+@pytest.mark.faults
+def test_random_kills_change_nothing(job, reference, seed):
+    """Three kills on one output: of the first run, and of those that resume."""
+    generator = random.Random(seed)
+    for _ in range(3):
+        run = job.start()
+        victim = generator.choice((DRIVER, ACTOR, ANY))
+        delay = generator.uniform(0, reference.seconds)
+        plan = job.output / "_mmray" / "plan" / "00000.parquet"
+        while run.process.poll() is None and not plan.exists():
+            time.sleep(0.01)
+        deadline = time.monotonic() + delay
+        while run.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        hit = run.process.poll() is None and run.kill(victim)
+        print(f"seed {seed}: {victim} after {delay:.2f} s: {'hit' if hit else 'was not there'}")
+        status = run.wait()
+        assert status in ((0, 3, -9) if victim == DRIVER else (0, 3)), run.told()
+        if status == 0:
+            break
+    job.finish()
+    leftovers = reference.compare(job.output)
+    print(f"seed {seed}: {len(leftovers)} temporary files were left by killed writers")
