@@ -183,7 +183,7 @@ class Records:
         self._unpublished.append(record)
 
     def forget(self, paths: Iterable[str]) -> None:
-        """Drop files that are to be labeled, on storage too; and the manifest, which then knows too little."""
+        """Drop files that are to be labeled, on storage too; and the manifest, which is then incomplete."""
         gone = [*paths]
         if not gone or not (self._manifest or self.found.keys() & gone):
             return
