@@ -15,10 +15,19 @@ from mmray.config import Columns, ComputeConfig, LabelConfig, make
 @click.option("--model", "model_uri", required=True, help="Bundle that train.py made.")
 @click.option("--output", "output_uri", required=True, help="Folder for the labeled files.")
 @options(Columns, LabelConfig, ComputeConfig)
+@click.option(
+    "--retry-failed", "retry_failed_uri", help="A finished output; label only its failed rows again."
+)
 @click.option("--extend", is_flag=True, help="Also label input files that came after the plan.")
 @click.option("--dry-run", is_flag=True, help="Show the plan and do nothing.")
 def main(
-    input_uri: str, model_uri: str, output_uri: str, extend: bool, dry_run: bool, **settings: Any
+    input_uri: str,
+    model_uri: str,
+    output_uri: str,
+    retry_failed_uri: str | None,
+    extend: bool,
+    dry_run: bool,
+    **settings: Any,
 ) -> None:
     """Label a Parquet dataset of images and captions, or go on where an earlier run stopped.
 
@@ -34,6 +43,7 @@ def main(
             make(Columns, settings),
             make(LabelConfig, settings),
             make(ComputeConfig, settings),
+            retry_failed_uri=retry_failed_uri,
             extend=extend,
             dry_run=dry_run,
             progress=True,

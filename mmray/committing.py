@@ -19,11 +19,11 @@ import ray.data
 from mmray import errors
 from mmray.errors import BudgetError, MmrayError, StorageError
 from mmray.lease import Lease
+from mmray.parcels import Parcel, unpack
 from mmray.parquet import DataFile
 from mmray.plan import Plan, Shard, Work
 from mmray.progress import Progress
 from mmray.schema import Status
-from mmray.scoring import Parcel, unpack
 from mmray.shards import Committer, FileRecord, Records
 
 OUTCOME = pa.schema(

@@ -20,10 +20,11 @@ from mmray.datasets import Rows
 from mmray.decisions import decide
 from mmray.errors import DataError, OutputError
 from mmray.metrics import Counts
+from mmray.parcels import unpack
 from mmray.parquet import DataFile, read_footer, read_units
 from mmray.plan import Plan, Work
 from mmray.schema import Vocabulary, output_name, require_columns
-from mmray.scoring import Pool, Scorer, score_shards, streaming, unpack
+from mmray.scoring import Pool, Scorer, score_shards, streaming
 from mmray.storage import Folder
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -23,22 +23,20 @@ from mmray.bundle import Bundle
 from mmray.committing import Tally, commit_shards
 from mmray.config import Columns, ComputeConfig, LabelConfig
 from mmray.errors import OutputError
-from mmray.images import DECODER
 from mmray.lease import Lease
-from mmray.parquet import MAX_SHARD_BYTES, MAX_SHARD_ROWS, DataFile, describe_files, find_files
-from mmray.plan import Plan, Work, cut_to, find_work
+from mmray.parquet import DataFile, find_files
+from mmray.plan import Plan, Work, find_work
+from mmray.planning import plan_labeling
 from mmray.progress import Progress
-from mmray.schema import passthrough_names, require_columns, require_kinds
 from mmray.scoring import Pool, Scorer, score_shards, streaming
 from mmray.shards import (
-    SUCCESS,
     Committer,
     FileRecord,
     Records,
     finish,
     finished_manifest,
 )
-from mmray.storage import Folder, visible
+from mmray.storage import Folder
 
 log = logging.getLogger(__name__)
 
@@ -67,87 +65,6 @@ class LabelingResult:
         return line
 
 
-def plan_labeling(
-    folder: Folder,
-    files: dict[str, int],
-    bundle: Bundle,
-    output: Folder,
-    columns: Columns,
-    config: LabelConfig,
-    *,
-    extend: bool = False,
-    dry_run: bool = False,
-) -> Plan:
-    """Find the output's plan, or make and publish it.
-
-    Args:
-        folder: the input.
-        files: in it: relative path -> size in bytes.
-        bundle: what labels.
-        output: of the job.
-        columns: names of the input's columns.
-        config: what is written.
-        extend: also plan files that came later.
-        dry_run: publish nothing.
-
-    Raises:
-        DataError: the input is unusable, or is not the one that was planned.
-        OutputError: the output belongs to another job.
-    """
-    settings = labeling_settings(bundle, columns, config)
-    plan = Plan.load(output)
-    if plan is None:
-        if strays := [path for path in output.list(".parquet") if visible(path)]:
-            raise OutputError(f"{output} holds {strays[0]}, which no plan knows; choose an empty --output")
-        plan, added = Plan((), settings), files
-    else:
-        plan.refuse_other(settings, output)
-        added = plan.compare_input(files)
-        if added and not extend:
-            if config.limit is None:
-                later = len(set(added) - set(plan.skipped))
-                if later:
-                    log.warning("%d input files came after the plan; --extend labels them too", later)
-            return plan
-    if not added:
-        return plan
-    unreadable: dict[str, str] | None = {} if config.skip_unreadable_files else None
-    described = describe_files(folder, added, columns.image, unreadable)
-    for reason in (unreadable or {}).values():
-        log.warning("skipped: %s", reason)
-    renamed: dict[str, str] = {}
-    for file, schema in described:
-        needed = {"--image-column": columns.image, "--caption-column": columns.caption}
-        require_columns(schema, needed, f"{folder}/{file.path}")
-        require_kinds(schema, columns.image, columns.caption, f"{folder}/{file.path}")
-        names = passthrough_names(schema, columns.image)
-        renamed |= {before: after for before, after in names.items() if before != after}
-    for before, after in renamed.items():
-        log.info("the input has a column %s: it becomes %s in the output", before, after)
-    left = None if config.limit is None else config.limit - plan.num_rows
-    new = cut_to((file for file, _ in described), left)
-    if dry_run or not new:  # the latter: the limit was reached before these files
-        return replace(plan, files=plan.files + new)
-    output.remove([SUCCESS] if plan.parts else [])
-    return plan.append(output, new, unreadable)
-
-
-def labeling_settings(bundle: Bundle, columns: Columns, config: LabelConfig) -> dict[str, Any]:
-    """Give all that the labels depend on. Workers, batch size, device and budget are not among it."""
-    return {
-        "bundle": bundle.fingerprint,
-        "labels": list(bundle.vocabulary.labels),
-        "thresholds": bundle.thresholds.tolist(),
-        "columns": {"image": columns.image, "caption": columns.caption},
-        "image_size": bundle.model_config.image_size,
-        "decoder": DECODER,
-        "precision": config.precision,
-        "scores": config.scores,
-        "limit": config.limit,
-        "shards": {"rows": MAX_SHARD_ROWS, "bytes": MAX_SHARD_BYTES},
-    }
-
-
 def label_dataset(
     input_uri: str,
     model_uri: str,
@@ -156,6 +73,7 @@ def label_dataset(
     config: LabelConfig | None = None,
     compute: ComputeConfig | None = None,
     *,
+    retry_failed_uri: str | None = None,
     extend: bool = False,
     dry_run: bool = False,
     progress: bool = False,
@@ -169,6 +87,7 @@ def label_dataset(
         columns: names of the input's columns.
         config: what is written.
         compute: where the work runs.
+        retry_failed_uri: a finished output of the same settings; only its failed rows are labeled again.
         extend: also label input files that came after the plan.
         dry_run: only say what there is to do; writes nothing.
         progress: show how the run goes, on stderr.
@@ -182,13 +101,17 @@ def label_dataset(
     started = time.monotonic()
     bundle, output = Bundle.load(model_uri), Folder(output_uri)
     pool = Pool.on_cluster(compute)
-    scorer = Scorer(bundle, columns, pool.settle_precision(config), pool)
+    earlier = Folder(retry_failed_uri) if retry_failed_uri else None
+    scorer = Scorer(bundle, columns, pool.settle_precision(config), pool, earlier=earlier)
     folder, files = find_files(input_uri)
     if f"{output}/".startswith(f"{Folder(input_uri)}/"):
         raise OutputError(f"{output} lies in the input {folder}: the next run would label its own labels")
     with nullcontext() if dry_run else Lease(output) as lease:
         plan = plan_labeling(
-            folder, files, bundle, output, columns, scorer.config, extend=extend, dry_run=dry_run
+            *(folder, files, bundle, output, columns, scorer.config),
+            earlier=earlier,
+            extend=extend,
+            dry_run=dry_run,
         )
         work = find_work(output, plan)
         num_resumed = plan.num_shards - work.num_pending

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, pairwise
-from typing import Any, BinaryIO, Self
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,13 +22,12 @@ import pyarrow.parquet as pq
 
 from mmray.errors import DataError
 from mmray.faults import moment
+from mmray.rowgroups import RowGroups
 from mmray.storage import Folder, visible
 
 MAX_SHARD_ROWS = 1000
 MAX_SHARD_BYTES = 128 << 20
 FOOTER_GUESS_BYTES = 64 << 10
-READ_BUFFER_BYTES = 8 << 20
-DAMAGE = "_mmray_damage"
 
 Unit = tuple[int, ...]
 """Rows at which the shards of a unit begin, and the row at which the last one ends."""
@@ -221,100 +220,6 @@ def read_units(
 def _overlaps(unit: Unit, ends: np.ndarray, index: int) -> bool:
     first = ends[index - 1] if index else 0
     return bool(first < unit[-1] and ends[index] > unit[0])
-
-
-class RowGroups:
-    """The row groups of one file, each read in a stream, and once more, column by column, if that fails."""
-
-    def __init__(
-        self,
-        folder: Folder,
-        path: str,
-        metadata: pq.FileMetaData,
-        columns: Sequence[str] | None,
-        salvage: bool,
-    ) -> None:
-        """Open the file; see `read_units`."""
-        self.folder, self.path, self.metadata, self.salvage = folder, path, metadata, salvage
-        self.source, self.parquet = self._open()
-        whole = self.parquet.schema_arrow
-        fields = list(whole) if columns is None else [whole.field(name) for name in columns]
-        self.names = [field.name for field in fields]
-        if salvage:
-            fields.append(pa.field(DAMAGE, pa.string()))
-        # A column that may not hold nulls must, where a row group is damaged.
-        self.schema = pa.schema([field.with_nullable(True) for field in fields], metadata=whole.metadata)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.source.close()
-
-    def batches(self, index: int, batch_size: int) -> Iterator[pa.RecordBatch]:
-        """Read one row group.
-
-        Raises:
-            DataError: it is damaged, and is not to be salvaged.
-        """
-        num_rows, given = self.metadata.row_group(index).num_rows, 0
-        try:
-            for batch in self.parquet.iter_batches(batch_size, row_groups=[index], columns=self.names):
-                yield self._batch(batch.columns, batch.num_rows)
-                given += batch.num_rows
-            if given == num_rows:
-                return
-        except Exception as error:
-            if not _is_damage(error):
-                raise
-        yield from self._salvaged(index, given, num_rows, batch_size)
-
-    def _salvaged(self, index: int, first: int, end: int, batch_size: int) -> Iterator[pa.RecordBatch]:
-        """Read the rest of a row group anew, each column for itself: what failed in passing is whole now."""
-        columns: list[pa.Array] = []
-        reasons: list[str] = []
-        source, parquet = self._open()
-        with source:
-            for name in self.names:
-                column, reason = self._column(parquet, index, name, end)
-                columns.append(column.slice(first))
-                reasons += [f"column {name}: {reason}"] if reason else []
-        reason = f"row group {index} is damaged ({'; '.join(reasons)})" if reasons else None
-        if reason and not self.salvage:
-            raise DataError(f"{self.folder}/{self.path}: {reason}")
-        for start in range(0, end - first, batch_size):
-            part = [column.slice(start, batch_size) for column in columns]
-            yield self._batch(part, min(batch_size, end - first - start), reason)
-
-    def _column(
-        self, parquet: pq.ParquetFile, index: int, name: str, num_rows: int
-    ) -> tuple[pa.Array, str | None]:
-        reason = f"not the {num_rows} rows of its footer"
-        try:
-            column = parquet.read_row_group(index, columns=[name])[name].combine_chunks()
-            if len(column) == num_rows:
-                return column, None
-        except Exception as error:
-            if not _is_damage(error):
-                raise
-            reason = " ".join(str(error).split())[:200]
-        return pa.nulls(num_rows, self.schema.field(name).type), reason
-
-    def _batch(self, columns: list[pa.Array], num_rows: int, damage: str | None = None) -> pa.RecordBatch:
-        reasons = [pa.array([damage] * num_rows, pa.string())] if self.salvage else []
-        return pa.RecordBatch.from_arrays([*columns, *reasons], schema=self.schema)
-
-    def _open(self) -> tuple[BinaryIO, pq.ParquetFile]:
-        source = self.folder.open(self.path)
-        # Without pre_buffer a large row group is read as it is decoded, not held as a whole.
-        return source, pq.ParquetFile(
-            source, metadata=self.metadata, pre_buffer=False, buffer_size=READ_BUFFER_BYTES
-        )
-
-
-def _is_damage(error: Exception) -> bool:
-    """Tell damaged content, of which Arrow complains in its own kinds or by a bare OSError, from storage."""
-    return isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)
 
 
 def _regroup(

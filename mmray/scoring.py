@@ -1,9 +1,4 @@
-"""Shards through the cluster: read by tasks, scored by an actor pool.
-
-Ray moves shards, not rows: a row of its blocks is one shard, its rows serialised as Arrow beside their place
-in the plan. So types pass through untouched, input files may differ in their columns, and however Ray bundles
-or slices its blocks, a shard stays whole.
-"""
+"""Shards through the cluster: read by tasks, scored by an actor pool."""
 
 from __future__ import annotations
 
@@ -15,20 +10,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from mmray import errors
+from mmray import retry
 from mmray.bundle import Bundle
 from mmray.config import Columns, ComputeConfig, LabelConfig, Workers
 from mmray.errors import ConfigError
 from mmray.faults import moment
-from mmray.parquet import DAMAGE, MAX_SHARD_BYTES, DataFile, Unit, read_units
+from mmray.parcels import Parcel, unpack
+from mmray.parquet import MAX_SHARD_BYTES, DataFile, Unit, read_units
 from mmray.plan import Shard, Work, shards_of
+from mmray.rowgroups import DAMAGE
 from mmray.schema import KeptScores, Status, image_bytes, output_schema, passthrough_names, prediction_fields
 from mmray.storage import Folder
 
@@ -51,6 +47,8 @@ class Scorer(NamedTuple):
     pool: Pool
     isolated: bool = False
     """Whether each row is decoded in a process of its own, which it may kill or hang."""
+    earlier: Folder | None = None
+    """A finished output of which only the failed rows are labeled again."""
 
 
 def score_shards(folder: Folder, work: Work, scorer: Scorer) -> ray.data.Dataset:
@@ -61,7 +59,7 @@ def score_shards(folder: Folder, work: Work, scorer: Scorer) -> ray.data.Dataset
     pool = scorer.pool
     # Ray Data has no other door for the limits of retries than the arguments that it calls deprecated.
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
-    return ray.data.read_datasource(ShardSource(folder, work), num_cpus=0.5).map_batches(
+    return ray.data.read_datasource(ShardSource(folder, work, scorer.earlier), num_cpus=0.5).map_batches(
         ScoreShards,
         fn_constructor_args=(scorer,),
         batch_size=1,
@@ -112,10 +110,10 @@ class Pool(NamedTuple):
 class ShardSource(Datasource):
     """Reads the units of a plan that hold uncommitted shards; gives each of these shards as one row."""
 
-    def __init__(self, folder: Folder, work: Work) -> None:
-        """Take the input's folder and what is to be done."""
+    def __init__(self, folder: Folder, work: Work, earlier: Folder | None = None) -> None:
+        """Take the input's folder, what is to be done, and the output whose failed rows are retried."""
         super().__init__()
-        self.folder, self.work = folder, work
+        self.folder, self.work, self.earlier = folder, work, earlier
 
     def estimate_inmemory_data_size(self) -> int:
         """Estimate the bytes of encoded images that will be read."""
@@ -138,66 +136,34 @@ class ShardSource(Datasource):
         return [self._task(task) for task in tasks]
 
     def _task(self, units: list[tuple[DataFile, Unit]]) -> ReadTask:
-        folder = self.folder
+        folder, earlier = self.folder, self.earlier
         committed = {shard for file, unit in units for shard in shards_of(file, [unit])} & self.work.committed
 
         def read() -> Iterator[pa.Table]:
             file = None
             try:
                 for file, unit in units:
+                    parcels = {
+                        shard: Parcel(file, shard, None, earlier and retry.read_shard(earlier, file, shard))
+                        for shard in shards_of(file, [unit])
+                        if shard not in committed
+                    }
+                    wanted = [shard for shard, parcel in parcels.items() if not parcel.is_done]
+                    yield from (parcel.packed() for parcel in parcels.values() if parcel.is_done)
                     # A row group is read in order: only what is behind the last wanted shard can be skipped.
-                    wanted = [shard for shard in shards_of(file, [unit]) if shard not in committed]
-                    needed = tuple(row for row in unit if row <= wanted[-1].end)
-                    for first, end, rows in read_units(folder, file, [needed], salvage=True):
+                    needed = [tuple(row for row in unit if row <= wanted[-1].end)] if wanted else []
+                    for first, end, rows in read_units(folder, file, needed, salvage=True):
                         if (shard := Shard(file.path, first, end)) in wanted:
-                            yield Parcel(file, shard, rows).packed()
+                            yield parcels[shard]._replace(rows=rows).packed()
             except Exception as error:
                 assert file is not None, "a task has units"
-                yield Parcel(file, Shard(file.path, 0, 0), None, error).packed()
+                yield Parcel(file, Shard(file.path, 0, 0), error=error).packed()
 
         num_bytes = sum(
             file.image_bytes * (unit[-1] - unit[0]) // max(1, file.num_rows) for file, unit in units
         )
         metadata = BlockMetadata(num_rows=len(units), size_bytes=num_bytes, exec_stats=None, input_files=None)
         return ReadTask(read, metadata)
-
-
-class Parcel(NamedTuple):
-    """A shard on its way through the cluster, or the error that ended its way."""
-
-    file: DataFile
-    shard: Shard
-    rows: pa.Table | None
-    error: Exception | None = None
-
-    def packed(self) -> pa.Table:
-        """Make it one row: file, first, end, rows (an Arrow stream) and error (JSON)."""
-        content = pa.py_buffer(b"")
-        if self.rows is not None:
-            sink = pa.BufferOutputStream()
-            with pa.ipc.new_stream(sink, self.rows.schema) as stream:
-                stream.write_table(self.rows)
-            content = sink.getvalue()
-        offsets = pa.py_buffer(np.array([0, content.size], np.int64))
-        return pa.table(
-            {
-                "file": [self.file.to_json()],
-                "first": [self.shard.first],
-                "end": [self.shard.end],
-                # No copy of the images.
-                "rows": pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, content]),
-                "error": pa.array([self.error and errors.to_json(self.error)], pa.string()),
-            }
-        )
-
-
-def unpack(packed: pa.Table) -> Iterator[Parcel]:
-    """Give the parcels of packed rows."""
-    for file_json, first, end, content, error in zip(*packed.columns, strict=True):
-        file = DataFile.from_json(file_json.as_py())
-        failure = errors.from_json(error.as_py()) if error.is_valid else None
-        rows = None if failure else pa.ipc.open_stream(content.as_buffer()).read_all()
-        yield Parcel(file, Shard(file.path, first.as_py(), end.as_py()), rows, failure)
 
 
 class ScoreShards:
@@ -214,7 +180,7 @@ class ScoreShards:
         from mmray.isolation import IsolatedDecoder
         from mmray.labeler import Labeler
 
-        bundle, self.columns, config, pool, isolated = scorer
+        bundle, self.columns, config, pool, isolated, _ = scorer
         torch.set_num_threads(pool.num_threads)  # Ray sets one thread for each CPU that was asked for
         self.kept = KeptScores.parse(config.scores)
         self.bundle, self.fingerprint = bundle, bundle.fingerprint
@@ -241,15 +207,22 @@ class ScoreShards:
 
         error = parcel.error or self.refusal
         if error is None:
-            assert parcel.rows is not None
             moment("before score", "{} {}-{}".format(*parcel.shard))
             try:
-                return parcel._replace(rows=self.label(parcel.rows))
+                return parcel._replace(rows=self._labeled(parcel), earlier=None)
             except HungError:  # its thread cannot be stopped, but this process can: Ray starts another one
                 os.kill(os.getpid(), signal.SIGKILL)
             except Exception as raised:
                 error = raised
-        return parcel._replace(rows=None, error=error)
+        return parcel._replace(rows=None, earlier=None, error=error)
+
+    def _labeled(self, parcel: Parcel) -> pa.Table:
+        if parcel.is_done:
+            return parcel.earlier
+        assert parcel.rows is not None
+        if parcel.earlier is None:
+            return self.label(parcel.rows)
+        return retry.relabel(self.label, parcel.rows, parcel.earlier)
 
     def label(self, rows: pa.Table) -> pa.Table:
         """Replace the image column by the predictions; rows of a damaged row group have failed."""

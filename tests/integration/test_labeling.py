@@ -47,6 +47,15 @@ def traces(folder):
     }
 
 
+def zero(path, group, column):
+    """Zero the bytes of a column in a row group; size and footer stay."""
+    chunk = pq.read_metadata(path).row_group(group).column(column)
+    content = bytearray(path.read_bytes())
+    start = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)))
+    content[start : start + chunk.total_compressed_size] = bytes(chunk.total_compressed_size)
+    path.write_bytes(content)
+
+
 def run(*options):
     command = runpy.run_path(str(JOBS / "label.py"))["main"]
     return CliRunner().invoke(command, [str(option) for option in options])
@@ -456,11 +465,7 @@ def test_a_damaged_row_group_and_an_unreadable_file_cost_themselves_alone(draw_r
     source.mkdir()
     for path, seed in (("a.parquet", 1), ("b.parquet", 2), ("late.parquet", 3)):
         pq.write_table(draw_rows(300, seed), source / path, row_group_size=100)
-    chunk = pq.read_metadata(source / "a.parquet").row_group(1).column(1)
-    content = bytearray((source / "a.parquet").read_bytes())
-    start = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)))
-    content[start : start + chunk.total_compressed_size] = bytes(chunk.total_compressed_size)
-    (source / "a.parquet").write_bytes(content)
+    zero(source / "a.parquet", group=1, column=1)
     sound = (source / "late.parquet").read_bytes()
     (source / "late.parquet").write_bytes(sound[:-4] + b"PARX")
 
@@ -494,3 +499,49 @@ def test_an_output_that_another_job_works_on_is_refused(archive, bundle_uri, tmp
     assert result.exit_code == 2
     assert "is being labeled by process" in result.stderr
     assert list((tmp_path / "out").rglob("*.parquet")) == []
+
+
+def test_failed_rows_alone_are_labeled_again_into_a_new_output(draw_rows, spoil, bundle_uri, tmp_path):
+    source, first, second = tmp_path / "rows", tmp_path / "first", tmp_path / "second"
+    source.mkdir()
+    spoilt, _ = spoil(draw_rows(60, 2, extras=True), dict.fromkeys((3, 59), "bad image, null caption"))
+    for path, rows in (
+        ("a", draw_rows(2300, 1)),
+        ("b", spoilt),
+        ("c", draw_rows(40, 3)),
+        ("d", draw_rows(0)),
+    ):
+        pq.write_table(rows, source / f"{path}.parquet", row_group_size=1100)
+    sound = (source / "a.parquet").read_bytes()
+    zero(source / "a.parquet", group=1, column=1)
+    config = LabelConfig(max_failed_fraction=0.6, batch_size=100)
+    result = label_dataset(str(source), bundle_uri, str(first), config=config)
+    assert result.counts["failed"] == 1102
+    (source / "a.parquet").write_bytes(sound)
+    zero(source / "c.parquet", group=0, column=1)  # not to be read: none of its rows has failed
+
+    again = {"config": config, "retry_failed_uri": str(first)}
+    result = label_dataset(str(source), bundle_uri, str(second), **again)
+    assert result.counts == {"ok": 2398, "failed": 2}
+    for path in ("a", "b", "c", "d"):
+        before, after = read(first, f"{path}.parquet"), read(second, f"{path}.parquet")
+        assert before.schema == after.schema
+        kept = np.array(before["status"].to_pylist()) != "failed"
+        assert repr(after.filter(pa.array(kept)).to_pylist()) == repr(
+            before.filter(pa.array(kept)).to_pylist()
+        )
+    whole = label_dataset(str(source), bundle_uri, str(tmp_path / "third"), config=config)
+    assert whole.counts["failed"] == 42
+    there, here = read(tmp_path / "third", "a.parquet"), read(second, "a.parquet")
+    assert here.drop_columns("scores").equals(there.drop_columns("scores"))
+    assert np.allclose(here["scores"].to_pylist(), there["scores"].to_pylist(), atol=1e-5)
+    with pytest.raises(OutputError, match="retry_of: '[0-9a-f]{64}' -> None"):
+        label_dataset(str(source), bundle_uri, str(second), config=config)
+    assert label_dataset(str(source), bundle_uri, str(second), **again).num_resumed == result.num_shards
+
+    with pytest.raises(OutputError, match="other settings.*scores: 'all' -> 'none'"):
+        other = LabelConfig(max_failed_fraction=0.6, scores="none")
+        label_dataset(str(source), bundle_uri, str(tmp_path / "x"), config=other, retry_failed_uri=str(first))
+    (first / "_SUCCESS").unlink()
+    with pytest.raises(OutputError, match="it is not finished"):
+        label_dataset(str(source), bundle_uri, str(tmp_path / "x"), **again)

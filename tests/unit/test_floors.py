@@ -14,8 +14,9 @@ FLOORS = [
     ["errors", "faults", "schema", "config"],
     # 1: everything that works without Ray
     [
-        *("storage", "parquet", "plan", "shards", "lease", "progress", "images", "captions", "model"),
-        *("losses", "metrics", "decisions", "bundle", "labeler", "isolation", "learner", "cli"),
+        *("storage", "rowgroups", "parquet", "plan", "shards", "retry", "parcels", "lease", "progress"),
+        *("images", "captions", "model", "losses", "metrics", "decisions", "bundle", "planning"),
+        *("labeler", "isolation", "learner", "cli"),
     ],
     # 2: on Ray Data and Ray Train
     ["datasets", "worker", "training", "scoring", "committing", "labeling", "verify"],

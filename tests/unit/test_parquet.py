@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from mmray import parquet
 from mmray.errors import DataError
 from mmray.parquet import (
-    DAMAGE,
     FOOTER_GUESS_BYTES,
     MAX_SHARD_BYTES,
     MAX_SHARD_ROWS,
@@ -26,6 +25,7 @@ from mmray.parquet import (
     read_footer,
     read_units,
 )
+from mmray.rowgroups import DAMAGE
 from mmray.storage import Folder
 
 SMALL = st.tuples(st.integers(1, 400), st.integers(0, 60 << 20))

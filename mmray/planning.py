@@ -1,0 +1,108 @@
+"""From an input and settings to the plan of a labeling job, found or made."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from mmray.bundle import Bundle
+from mmray.config import Columns, LabelConfig
+from mmray.errors import OutputError
+from mmray.images import DECODER
+from mmray.parquet import MAX_SHARD_BYTES, MAX_SHARD_ROWS, describe_files
+from mmray.plan import Plan, cut_to
+from mmray.retry import identify, require_same_files
+from mmray.schema import passthrough_names, require_columns, require_kinds
+from mmray.shards import SUCCESS
+from mmray.storage import Folder, visible
+
+log = logging.getLogger(__name__)
+
+
+def plan_labeling(
+    folder: Folder,
+    files: dict[str, int],
+    bundle: Bundle,
+    output: Folder,
+    columns: Columns,
+    config: LabelConfig,
+    *,
+    earlier: Folder | None = None,
+    extend: bool = False,
+    dry_run: bool = False,
+) -> Plan:
+    """Find the output's plan, or make and publish it.
+
+    Args:
+        folder: the input.
+        files: in it: relative path -> size in bytes.
+        bundle: what labels.
+        output: of the job.
+        columns: names of the input's columns.
+        config: what is written.
+        earlier: a finished output whose failed rows are to be labeled again.
+        extend: also plan files that came later.
+        dry_run: publish nothing.
+
+    Raises:
+        DataError: the input is unusable, or is not the one that was planned.
+        OutputError: the output belongs to another job.
+    """
+    settings = labeling_settings(bundle, columns, config)
+    if earlier:
+        settings["retry_of"] = identify(earlier, settings)
+    plan = Plan.load(output)
+    if plan is None:
+        if strays := [path for path in output.list(".parquet") if visible(path)]:
+            raise OutputError(f"{output} holds {strays[0]}, which no plan knows; choose an empty --output")
+        plan, added = Plan((), settings), files
+    else:
+        plan.refuse_other(settings, output)
+        added = plan.compare_input(files)
+        if added and not extend:
+            if config.limit is None:
+                later = len(set(added) - set(plan.skipped))
+                if later:
+                    log.warning("%d input files came after the plan; --extend labels them too", later)
+            return plan
+    if not added:
+        return plan
+    unreadable: dict[str, str] | None = {} if config.skip_unreadable_files else None
+    described = describe_files(folder, added, columns.image, unreadable)
+    for reason in (unreadable or {}).values():
+        log.warning("skipped: %s", reason)
+    renamed: dict[str, str] = {}
+    for file, schema in described:
+        needed = {"--image-column": columns.image, "--caption-column": columns.caption}
+        require_columns(schema, needed, f"{folder}/{file.path}")
+        require_kinds(schema, columns.image, columns.caption, f"{folder}/{file.path}")
+        names = passthrough_names(schema, columns.image)
+        renamed |= {before: after for before, after in names.items() if before != after}
+    for before, after in renamed.items():
+        log.info("the input has a column %s: it becomes %s in the output", before, after)
+    left = None if config.limit is None else config.limit - plan.num_rows
+    new = cut_to((file for file, _ in described), left)
+    if earlier:
+        require_same_files(earlier, replace(plan, files=plan.files + new))
+    if dry_run or not new:  # the latter: the limit was reached before these files
+        return replace(plan, files=plan.files + new)
+    output.remove([SUCCESS] if plan.parts else [])
+    return plan.append(output, new, unreadable)
+
+
+def labeling_settings(bundle: Bundle, columns: Columns, config: LabelConfig) -> dict[str, Any]:
+    """Give all that the labels depend on. Workers, batch size, device and budget are not among it."""
+    return {
+        "bundle": bundle.fingerprint,
+        "labels": list(bundle.vocabulary.labels),
+        "thresholds": bundle.thresholds.tolist(),
+        "columns": {"image": columns.image, "caption": columns.caption},
+        "image_size": bundle.model_config.image_size,
+        "decoder": DECODER,
+        "precision": config.precision,
+        "scores": config.scores,
+        "limit": config.limit,
+        "retry_of": None,
+        "shards": {"rows": MAX_SHARD_ROWS, "bytes": MAX_SHARD_BYTES},
+    }
