@@ -62,7 +62,10 @@ CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 30
 """Without a byte, that is, not for the whole answer."""
 
-NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError")
+NO_CREDENTIALS = (
+    *("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"),
+    *("TokenRetrievalError", "SSOTokenLoadError", "UnauthorizedSSOTokenError"),
+)
 NO_CONDITIONS = ("NotImplemented", "InvalidRequest", "InvalidArgument")
 """What stores say that do not know `If-None-Match`."""
 
