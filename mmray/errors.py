@@ -70,7 +70,9 @@ def redact(text: str) -> str:
     """Take credentials, signatures and the endpoint out of a text, whoever wrote it."""
     for name in _SECRETS:
         if value := os.environ.get(name):
-            text = text.replace(value, f"<{name}>")
+            # A short one, such as "test", would be found inside of words that have nothing to do with it.
+            secret = re.escape(value) if len(value) >= 8 else rf"(?<!\w){re.escape(value)}(?!\w)"
+            text = re.sub(secret, f"<{name}>", text)
     for name in _ENDPOINTS:
         value = os.environ.get(name, "")
         for part in filter(None, (value, urlsplit(value).netloc)):

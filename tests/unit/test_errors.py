@@ -33,6 +33,11 @@ def test_what_the_environment_holds_is_taken_out_wherever_it_stands(name, monkey
     assert redact(f"before{SECRET}after") == f"before<{name}>after"
 
 
+def test_a_short_secret_is_taken_out_as_a_word_and_leaves_others_whole(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    assert redact("the latest 'test' fails") == "the latest '<AWS_ACCESS_KEY_ID>' fails"
+
+
 @pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
 def test_the_endpoint_is_taken_out_as_url_and_as_host(name, monkeypatch):
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
