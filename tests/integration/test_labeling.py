@@ -505,12 +505,8 @@ def test_failed_rows_alone_are_labeled_again_into_a_new_output(draw_rows, spoil,
     source, first, second = tmp_path / "rows", tmp_path / "first", tmp_path / "second"
     source.mkdir()
     spoilt, _ = spoil(draw_rows(60, 2, extras=True), dict.fromkeys((3, 59), "bad image, null caption"))
-    for path, rows in (
-        ("a", draw_rows(2300, 1)),
-        ("b", spoilt),
-        ("c", draw_rows(40, 3)),
-        ("d", draw_rows(0)),
-    ):
+    tables = {"a": draw_rows(2300, 1), "b": spoilt, "c": draw_rows(40, 3), "d": draw_rows(0)}
+    for path, rows in tables.items():
         pq.write_table(rows, source / f"{path}.parquet", row_group_size=1100)
     sound = (source / "a.parquet").read_bytes()
     zero(source / "a.parquet", group=1, column=1)
@@ -526,20 +522,18 @@ def test_failed_rows_alone_are_labeled_again_into_a_new_output(draw_rows, spoil,
     for path in ("a", "b", "c", "d"):
         before, after = read(first, f"{path}.parquet"), read(second, f"{path}.parquet")
         assert before.schema == after.schema
-        kept = np.array(before["status"].to_pylist()) != "failed"
-        assert repr(after.filter(pa.array(kept)).to_pylist()) == repr(
-            before.filter(pa.array(kept)).to_pylist()
-        )
+        kept = pa.array([status != "failed" for status in before["status"].to_pylist()], pa.bool_())
+        assert repr(after.filter(kept).to_pylist()) == repr(before.filter(kept).to_pylist())
     whole = label_dataset(str(source), bundle_uri, str(tmp_path / "third"), config=config)
     assert whole.counts["failed"] == 42
     there, here = read(tmp_path / "third", "a.parquet"), read(second, "a.parquet")
     assert here.drop_columns("scores").equals(there.drop_columns("scores"))
     assert np.allclose(here["scores"].to_pylist(), there["scores"].to_pylist(), atol=1e-5)
-    with pytest.raises(OutputError, match="retry_of: '[0-9a-f]{64}' -> None"):
+    with pytest.raises(OutputError, match=r"retry_of: '[0-9a-f]{64}' -> None"):
         label_dataset(str(source), bundle_uri, str(second), config=config)
     assert label_dataset(str(source), bundle_uri, str(second), **again).num_resumed == result.num_shards
 
-    with pytest.raises(OutputError, match="other settings.*scores: 'all' -> 'none'"):
+    with pytest.raises(OutputError, match=r"other settings.*scores: 'all' -> 'none'"):
         other = LabelConfig(max_failed_fraction=0.6, scores="none")
         label_dataset(str(source), bundle_uri, str(tmp_path / "x"), config=other, retry_failed_uri=str(first))
     (first / "_SUCCESS").unlink()
