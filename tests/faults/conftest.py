@@ -28,6 +28,8 @@ def pytest_generate_tests(metafunc):
     """Give tests of random kills their seeds: MMRAY_FAULT_ROUNDS of them, from MMRAY_FAULT_SEED on."""
     if "seed" in metafunc.fixturenames:
         metafunc.parametrize("seed", range(SEED, SEED + ROUNDS))
+    if "node_seed" in metafunc.fixturenames:
+        metafunc.parametrize("node_seed", range(SEED, SEED + ROUNDS // 6))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -8,11 +8,13 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 import uuid
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,10 +109,10 @@ class Run:
         workers = self.workers(SCORING if victim == "actor" else "ray::")
         return bool(workers) and kill(workers[0], victim)
 
-    def wait(self):
+    def wait(self, deadline_s=DEADLINE_S):
         """Wait for its end, and give its exit status; negative for a signal."""
         try:
-            return self.process.wait(DEADLINE_S)
+            return self.process.wait(deadline_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"it did not end: {self.told()}\n{marked(self.mark)}") from None
 
@@ -256,3 +258,72 @@ def files_of(output):
 def is_leftover(path):
     """Tell whether it is what a writer leaves that was killed in the middle of a file: no reader sees it."""
     return re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", Path(path).name) is not None
+
+
+class Node:
+    """A node of a Ray cluster of its own: `ray start`, and all that comes of it.
+
+    Its ports are its own and its traces lie below its folder, so that clusters beside it are not met.
+    """
+
+    NAME = "MMRAY_TEST_NODE"
+
+    def __init__(self, folder, head=None):
+        """Start a head, or a node that joins one."""
+        self.mark, self.log = (
+            uuid.uuid4().hex,
+            folder / f"{'joins' if head else 'head'}-{uuid.uuid4().hex[:8]}",
+        )
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "2"]
+        command += [
+            "--object-store-memory",
+            str(150 << 20),
+            "--min-worker-port",
+            "0",
+            "--max-worker-port",
+            "0",
+        ]
+        if head:
+            self.address = head.address
+            command += ["--address", head.address]
+        else:
+            port = free_port()
+            self.address = f"127.0.0.1:{port}"
+            command += ["--head", "--node-ip-address", "127.0.0.1", "--port", str(port)]
+            command += ["--include-dashboard", "false", "--temp-dir", str(folder)]
+        environment = os.environ | {self.NAME: self.mark, "PYTHONUNBUFFERED": "1"}
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+
+    def wait_until_up(self):
+        """Wait until it serves."""
+
+        def is_up():
+            assert self.process.poll() is None, self.log.read_text()
+            return "Ray runtime started" in self.log.read_text()
+
+        poll(is_up, self.log.read_text)
+        return self
+
+    def processes(self):
+        """Give its processes: id -> title."""
+        return marked(self.mark, self.NAME)
+
+    def kill(self):
+        """Kill all of them, as when the machine is gone; tell whether it was alive."""
+        hit = self.process.poll() is None
+        while found := self.processes():  # whoever is started in this very moment comes next
+            for process in found:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            self.process.poll()
+        return hit
+
+
+def free_port():
+    """Find a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,139 @@
+"""Drivers that are told to stop, that meet another one, or that died and left something behind."""
+
+import signal
+import time
+
+import pyarrow.parquet as pq
+import pytest
+from killing import files_of, poll
+
+from mmray.shards import Committer, Plan, shards_of
+from mmray.storage import Folder
+
+NOTICE_S = 30
+"""What a spot machine leaves between its notice and its end, and then some."""
+
+
+def terminate(run):
+    """Send SIGTERM; give the exit status and how long it took."""
+    started = time.monotonic()
+    run.process.send_signal(signal.SIGTERM)
+    return run.wait(), time.monotonic() - started
+
+
+def test_sigterm_ends_a_job_in_time_and_the_same_command_resumes(job, reference):
+    run = job.start()
+    pieces = job.output / "_mmray" / "pieces"
+    poll(lambda: any(pieces.rglob("*.parquet")) or run.process.poll() is not None, run.told)
+    status, seconds = terminate(run)
+    assert status == 3, run.told()
+    assert seconds < NOTICE_S
+    errors = (run.folder / "stderr").read_text()
+    assert "Traceback" not in errors
+    assert errors.count("mmray: ") == 1
+    run.wait_for_workers()
+    assert not (job.output / "_SUCCESS").exists()
+    job.finish()
+    reference.compare(job.output)
+
+
+@pytest.mark.faults
+@pytest.mark.xfail(strict=False, reason="needs SIGTERM to wait for what is being committed")
+def test_sigterm_lets_finish_what_is_being_committed(job, reference):
+    piece = "_mmray/pieces/a.parquet/1-1001.parquet"
+    run = job.start(f"pause before publish {piece}")
+    run.reached()
+    run.process.send_signal(signal.SIGTERM)
+    run.go()
+    assert run.wait() == 3, run.told()
+    assert (job.output / piece).exists() or (job.output / "a.parquet").exists()
+    job.finish()
+    reference.compare(job.output)
+
+
+@pytest.mark.faults
+def test_sigterm_while_the_manifest_is_written_ends_the_job_and_it_resumes(job, reference):
+    run = job.start("pause before publish _mmray/manifest.json")
+    run.reached()
+    run.process.send_signal(signal.SIGTERM)
+    run.go()
+    assert run.wait() in (0, 3), run.told()
+    job.finish()
+    reference.compare(job.output)
+
+
+@pytest.mark.xfail(strict=False, reason="needs the lease")
+def test_a_second_driver_on_one_output_refuses_and_leaves_the_first_undisturbed(make_job, reference):
+    first, second = make_job(), make_job()
+    run = first.start("pause before publish _mmray/pieces/a.parquet/1-1001.parquet")
+    run.reached()
+    there = files_of(first.output)
+    other = second.start()
+    assert other.wait(90) == 2, other.told()
+    errors = (other.folder / "stderr").read_text()
+    assert errors.count("mmray: ") == 1
+    assert str(first.output) in errors
+    assert "Traceback" not in errors
+    assert files_of(first.output) == there
+    run.go()
+    assert run.wait() == 0, run.told()
+    reference.compare(first.output)
+
+
+def write_again(output, reference):
+    """Do what the workers of a dead driver may do at any time: commit each shard of the plan once more."""
+    plan = Plan.load(Folder(str(output)))
+    committer = Committer(Folder(str(output)), plan.fingerprint)
+    for file in plan.files:
+        rows = pq.read_table(reference.output / file.path, partitioning=None)
+        for shard in shards_of(file, file.units):
+            yield lambda shard=shard, rows=rows, file=file: committer.commit(
+                shard, rows.slice(shard.first, shard.end - shard.first), file
+            )
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "before publish a.parquet",
+        *(
+            pytest.param(moment, marks=pytest.mark.faults)
+            for moment in (
+                "before read a.parquet *",
+                "before score c.parquet *",
+                "before publish _mmray/pieces/a.parquet/1-1001.parquet",
+                "before publish b/one.parquet",
+                "before remove _mmray/pieces/a.parquet/1-1001.parquet",
+                "before publish _mmray/manifest.json",
+                "before publish _SUCCESS",
+            )
+        ),
+    ],
+    ids=lambda moment: moment.replace("/", "|"),
+)
+def test_a_worker_of_a_dead_driver_that_writes_into_a_run_changes_nothing(job, reference, moment):
+    run = job.start(f"pause {moment}")
+    run.reached()
+    for write in write_again(job.output, reference):
+        write()
+    run.go()
+    status = run.wait()
+    assert status in (0, 3), run.told()
+    if status:
+        job.finish()
+    reference.compare(job.output)
+
+
+@pytest.mark.parametrize("num_written", [1, 4, None])
+def test_a_worker_of_a_dead_driver_that_writes_late_changes_nothing(job, reference, num_written):
+    """It leaves pieces at most, which no reader sees."""
+    job.finish()
+    before = files_of(job.output)
+    for write in list(write_again(job.output, reference))[:num_written]:
+        write()
+    strays = files_of(job.output) - before
+    assert all(path.startswith("_mmray/pieces/") for path in strays)
+    print(f"{len(strays)} pieces were left")
+    for path in strays:
+        (job.output / path).unlink()
+    reference.compare(job.output)
