@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import json
 import logging
 import platform
@@ -201,7 +200,8 @@ def ending_gently() -> Iterator[None]:
     def end(number: int, frame: object) -> None:
         log.warning("told to end: finishing what is being committed")
         signal.signal(signal.SIGTERM, before)
-        timer = threading.Timer(GRACE_S, _thread.interrupt_main)
+        # A signal to the thread itself: nothing less wakes it where it waits for a lock.
+        timer = threading.Timer(GRACE_S, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
         timer.daemon = True
         timer.start()
 

@@ -147,9 +147,9 @@ class KeptScores:
         if self.top == 0:
             return None
         if self.top is None:
-            return pa.field("scores", pa.list_(pa.float32(), len(vocabulary)))
+            return pa.field("scores", pa.list_(_element(pa.float32()), len(vocabulary)))
         entry = pa.struct([("label", vocabulary.arrow_type), ("score", pa.float32())])
-        return pa.field("scores", pa.list_(entry))
+        return pa.field("scores", pa.list_(_element(entry)))
 
     def array(self, scores: np.ndarray, valid: np.ndarray, vocabulary: Vocabulary) -> pa.Array:
         """Lay scores out as Arrow.
@@ -205,12 +205,17 @@ def prediction_fields(vocabulary: Vocabulary, kept: KeptScores) -> list[pa.Field
     """Give the columns that labeling adds, in order."""
     scores = kept.field(vocabulary)
     return [
-        pa.field("predicted_labels", pa.list_(vocabulary.arrow_type)),
+        pa.field("predicted_labels", pa.list_(_element(vocabulary.arrow_type))),
         *([scores] if scores else []),
         pa.field("status", pa.string()),
         pa.field("error", pa.string()),
         pa.field("model", pa.string()),
     ]
+
+
+def _element(kind: pa.DataType) -> pa.Field:
+    """Call a list's elements what they are called once read back, so that joined files are as the others."""
+    return pa.field("element", kind)
 
 
 def require_columns(schema: pa.Schema, columns: dict[str, str], where: str) -> None:

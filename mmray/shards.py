@@ -135,7 +135,7 @@ class Committer:
                 writer = writer or stack.enter_context(
                     pq.ParquetWriter(target, table.schema, compression="zstd")
                 )
-                writer.write_table(table)
+                writer.write_table(table.combine_chunks())  # or the bytes would tell how it was put together
                 counts.update(table["status"].to_pylist())
                 rejected += _rejected_rows(table, num_rows)
                 num_rows += table.num_rows
