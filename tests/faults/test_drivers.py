@@ -1,13 +1,16 @@
 """Drivers that are told to stop, that meet another one, or that died and left something behind."""
 
+import json
 import signal
 import time
 
 import pyarrow.parquet as pq
 import pytest
-from killing import files_of
+from killing import files_of, is_leftover, poll
 
-from mmray.shards import Committer, Plan, shards_of
+from mmray.lease import LEASE
+from mmray.plan import PIECES, Plan, shards_of
+from mmray.shards import Committer
 from mmray.storage import Folder
 
 NOTICE_S = 30
@@ -64,17 +67,33 @@ def test_a_second_driver_on_one_output_refuses_and_leaves_the_first_undisturbed(
     first, second = make_job(), make_job()
     run = first.start("pause before publish _mmray/pieces/a.parquet/1-1001.parquet")
     run.reached()
-    there = files_of(first.output)
+    poll(lambda: all_but_one_shard_is_done(first.output), run.told)
+    there = contents_of(first.output)
     other = second.start()
     assert other.wait(90) == 2, other.told()
     errors = (other.folder / "stderr").read_text()
     assert errors.count("mmray: ") == 1
     assert str(first.output) in errors
     assert "Traceback" not in errors
-    assert files_of(first.output) == there
+    here = contents_of(first.output)
+    assert {path: here.get(path) for path in there} == there
     run.go()
     assert run.wait() == 0, run.told()
     reference.compare(first.output)
+
+
+def all_but_one_shard_is_done(output):
+    """Tell whether a job that is stopped before the second piece of a.parquet has done all else."""
+    pieces = {path for path in files_of(output) if path.startswith(f"{PIECES}/") and not is_leftover(path)}
+    return pieces == {f"{PIECES}/a.parquet/{rows}.parquet" for rows in ("0-1", "1001-1002")} and all(
+        (output / path).exists() for path in ("b/empty.parquet", "b/one.parquet", "c.parquet")
+    )
+
+
+def contents_of(output):
+    """Read all files of an output; of its lease, which is renewed, the owner."""
+    files = {path: (output / path).read_bytes() for path in files_of(output) if not is_leftover(path)}
+    return files | {LEASE: json.loads(files[LEASE])["owner"]}
 
 
 def write_again(output, reference):
@@ -134,5 +153,5 @@ def test_a_worker_of_a_dead_driver_that_writes_late_changes_nothing(job, referen
 
 def remove_strays(output):
     """Remove the pieces that are left after the last look for them: no reader sees them."""
-    for path in (output / "_mmray" / "pieces").rglob("*.parquet"):
+    for path in (output / "_mmray" / "pieces").rglob("*-*.parquet"):
         path.unlink()
