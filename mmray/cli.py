@@ -44,8 +44,11 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Callable[...,
     if choices := field.metadata["choices"]:
         kind = click.Choice(choices)
     settings: dict[str, Any] = {"default": field.default, "help": field.metadata["help"]}
-    if kind is not bool:
-        settings |= {"type": kind, "show_default": field.default is not None}
+    if kind is bool:
+        settings |= {} if "/" in flag else {"is_flag": True}
+    else:
+        repeatable = typing.get_origin(hint) is tuple
+        settings |= {"type": kind, "multiple": repeatable, "show_default": field.default not in (None, ())}
     return click.option(flag, field.name, **settings)
 
 
@@ -79,17 +82,22 @@ def _read_recipe(context: click.Context, parameter: click.Parameter, path: str |
         raise click.BadParameter(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(recipe, dict):
         raise click.BadParameter(f"{path} holds no option: value pairs")
-    names = {}
+    known: dict[str, click.Parameter] = {}
     for option in context.command.params:
         for flag in (*option.opts, option.name or "") if option.expose_value else ():
-            names[flag.lstrip("-").replace("-", "_")] = option.name
-    unknown = [str(key) for key in recipe if str(key).replace("-", "_") not in names]
+            known[flag.lstrip("-").replace("-", "_")] = option
+    unknown = [str(key) for key in recipe if str(key).replace("-", "_") not in known]
     if unknown:
         raise click.BadParameter(f"{path}: no such option: {', '.join(unknown)}; see --help")
-    if nested := [key for key, value in recipe.items() if not isinstance(value, str)]:
-        raise click.BadParameter(f"{path}: {', '.join(nested)} must be one value, not a list or a mapping")
-    given = {key: value for key, value in recipe.items() if value not in ("", "~", "null")}
-    context.default_map = {names[key.replace("-", "_")]: value for key, value in given.items()}
+    context.default_map = {}
+    for key, value in recipe.items():
+        option = known[key.replace("-", "_")]
+        several = isinstance(option, click.Option) and option.multiple
+        values = value if several and isinstance(value, list) else [value]
+        if not all(isinstance(each, str) for each in values):
+            raise click.BadParameter(f"{path}: {key} must be one value, not a list or a mapping")
+        if value not in ("", "~", "null"):
+            context.default_map[option.name] = values if several else value
 
 
 def at_edge(function: Callable[..., None]) -> Callable[..., None]:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from mmray.errors import ConfigError
 from mmray.schema import KeptScores
+from mmray.uris import Prefixes
 
 Config = TypeVar("Config")
 
@@ -35,6 +36,15 @@ class Columns:
     caption: str = option("caption", "Column of captions.", flag="--caption-column")
     labels: str = option("labels", "Column of label lists.", flag="--label-column")
     id: str = option("image_id", "Column of row ids.", flag="--id-column")
+    image_prefixes: tuple[str, ...] = option(
+        (),
+        "Fetch images that rows name by URI from below here (s3://…, https://…); repeatable.",
+        flag="--image-prefix",
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse prefixes that nothing could be fetched from."""
+        Prefixes.parse(self.image_prefixes)
 
 
 @dataclass(frozen=True)
@@ -206,7 +216,9 @@ def from_json(kind: type[Config], record: Mapping[str, Any], where: str) -> Conf
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(record) - names):
         raise ConfigError(f"{where}: unknown keys {', '.join(unknown)}; a newer mmray may have written them")
-    return kind(**record)
+    return kind(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+    )
 
 
 def fingerprint(record: Any) -> str:

@@ -15,6 +15,7 @@ from ray.data.block import BlockMetadata
 
 from mmray.config import Columns
 from mmray.errors import DataError
+from mmray.fetch import fetch_images
 from mmray.parquet import DataFile, Unit, describe_files, find_files, read_units
 from mmray.schema import Label, Vocabulary, image_bytes, require_columns, require_kinds
 from mmray.storage import Folder
@@ -42,7 +43,8 @@ class Rows:
         for file, schema in described:
             require_columns(schema, needed, f"{folder}/{file.path}")
             if "image" in needs:
-                require_kinds(schema, columns.image, columns.caption, f"{folder}/{file.path}")
+                where, fetchable = f"{folder}/{file.path}", bool(columns.image_prefixes)
+                require_kinds(schema, columns.image, columns.caption, where, fetchable=fetchable)
         rows = cls(folder, tuple(file for file, _ in described if file.num_rows), columns)
         if not rows.files:
             raise DataError(f"{uri}: its {len(files)} files hold no row")
@@ -95,14 +97,15 @@ class RowSource(Datasource):
         return [self._task(file, unit, draw) for (file, unit), draw in zip(units, draws, strict=True)]
 
     def _task(self, file: DataFile, unit: Unit, draw: int | None) -> ReadTask:
-        folder, columns = self.rows.folder, self.columns
+        folder, columns, prefixes = self.rows.folder, self.columns, self.rows.columns.image_prefixes
         names = {column: getattr(self.rows.columns, column) for column in columns}
 
         def read() -> Iterator[pa.Table]:
             for first, _, table in read_units(folder, file, [unit], list(names.values())):
                 block = {column: table[name] for column, name in names.items()}
                 if "image" in block:
-                    block["image"] = pa.array(image_bytes(block["image"]), pa.large_binary())
+                    images = fetch_images(table, names["image"], prefixes)[names["image"]]
+                    block["image"] = pa.array(image_bytes(images), pa.large_binary())
                 if draw is not None:
                     block["draw"] = pa.array(
                         np.arange(table.num_rows, dtype=np.uint64) + np.uint64(draw + first)

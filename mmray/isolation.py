@@ -14,8 +14,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from mmray.labeler import DECODE_TIMEOUT_S, Row, decode_row
+from mmray.labeler import DECODE_TIMEOUT_S, Image, Row, decode_row
 from mmray.schema import Status
+from mmray.uris import UnfetchedError
 
 
 class IsolatedDecoder:
@@ -26,8 +27,10 @@ class IsolatedDecoder:
         self.timeout_s = timeout_s
         self.child: subprocess.Popen[bytes] | None = None
 
-    def __call__(self, image: bytes | None, caption: str | None, fusion: str, size_px: int) -> Row:
+    def __call__(self, image: Image, caption: str | None, fusion: str, size_px: int) -> Row:
         """Decode a row, as `decode_row` does; the row that kills or hangs the process has failed."""
+        if isinstance(image, UnfetchedError):  # nothing to decode
+            return decode_row(image, caption, fusion, size_px)
         child = self._running()
         assert child.stdin and child.stdout
         timer = Timer(self.timeout_s, child.kill)

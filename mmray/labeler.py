@@ -18,6 +18,7 @@ from mmray.faults import moment
 from mmray.images import View, decode_image
 from mmray.model import Inputs
 from mmray.schema import Status
+from mmray.uris import UnfetchedError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -57,7 +58,10 @@ class Row(NamedTuple):
     error: str | None
 
 
-Decode = Callable[[bytes | None, str | None, str, int], Row]
+Image = bytes | UnfetchedError | None
+"""An encoded image, why one that has a URI could not be had, or None where a row has none."""
+
+Decode = Callable[[Image, str | None, str, int], Row]
 """Decodes (image, caption, fusion, size_px), as `decode_row` does."""
 
 
@@ -105,11 +109,11 @@ class Labeler:
         """Load a bundle by its local path or URI; settings are the constructor's."""
         return cls(Bundle.load(uri), **settings)
 
-    def __call__(self, images: Sequence[bytes | None], captions: Sequence[str | None]) -> Labeled:
+    def __call__(self, images: Sequence[Image], captions: Sequence[str | None]) -> Labeled:
         """Label B rows.
 
         Args:
-            images: B encoded images, None where there is none.
+            images: B encoded images, None where there is none, or why there is none.
             captions: B captions, None where there is none.
 
         Raises:
@@ -128,7 +132,7 @@ class Labeler:
             list(chain(*errors)),
         )
 
-    def _decoded(self, images: Sequence[bytes | None], captions: Sequence[str | None]) -> Iterator[list[Row]]:
+    def _decoded(self, images: Sequence[Image], captions: Sequence[str | None]) -> Iterator[list[Row]]:
         """Decode batch by batch; the next one is under way while its caller works on this one."""
         waiting: list[Future[Row]] = []
         for start in range(0, len(images), self.batch_size):
@@ -142,7 +146,7 @@ class Labeler:
         if waiting:
             yield self._results(waiting)
 
-    def _decode(self, image: bytes | None, caption: str | None) -> Row:
+    def _decode(self, image: Image, caption: str | None) -> Row:
         config = self.bundle.model_config
         return self.decode(image, caption, config.fusion, config.image_size)
 
@@ -175,13 +179,11 @@ class Labeler:
         return logits.float().sigmoid().cpu().numpy()
 
 
-def decode_row(
-    image: bytes | None, caption: str | None, fusion: str, size_px: int, view: View | None = None
-) -> Row:
+def decode_row(image: Image, caption: str | None, fusion: str, size_px: int, view: View | None = None) -> Row:
     """Decode what a fusion needs of one row, and say how it may be labeled. Never raises for bad data.
 
     Args:
-        image: encoded, or None.
+        image: encoded, or why there is none.
         caption: or None.
         fusion: of the model.
         size_px: side of the square.
@@ -191,11 +193,15 @@ def decode_row(
     pixels, status, error = None, Status.OK, None
     if fusion != "text":
         try:
-            pixels = decode_image(image, size_px, view) if image is not None else None
+            if image is None:
+                raise UnfetchedError("image is null", Status.NO_IMAGE)
+            if isinstance(image, UnfetchedError):
+                raise image
+            pixels = decode_image(image, size_px, view)
+        except UnfetchedError as reason:
+            status, error = reason.status, str(reason)
         except DataError as reason:
             status, error = Status.BAD_IMAGE, str(reason)
-        if image is None:
-            status, error = Status.NO_IMAGE, "image is null"
     readable = fusion != "image" and not is_blank(caption)
     if fusion != "image" and not readable:
         missing = "caption is null" if caption is None else "caption is empty"

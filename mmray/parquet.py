@@ -23,11 +23,14 @@ import pyarrow.parquet as pq
 from mmray.errors import DataError
 from mmray.faults import moment
 from mmray.rowgroups import RowGroups
+from mmray.schema import holds_uris
 from mmray.storage import Folder, visible
 
 MAX_SHARD_ROWS = 1000
 MAX_SHARD_BYTES = 128 << 20
 FOOTER_GUESS_BYTES = 64 << 10
+UNKNOWN_IMAGE_BYTES = 1 << 20
+"""What an image that is named by its URI is taken for, so that a shard of large ones fits into memory too."""
 
 Unit = tuple[int, ...]
 """Rows at which the shards of a unit begin, and the row at which the last one ends."""
@@ -112,6 +115,8 @@ def describe_files(
             groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
             sizes = [(group.num_rows, _column_bytes(group, image_column)) for group in groups]
             schema = metadata.schema.to_arrow_schema()
+            if image_column in schema.names and holds_uris(schema.field(image_column).type):
+                sizes = [(num_rows, num_rows * UNKNOWN_IMAGE_BYTES) for num_rows, _ in sizes]
         total = sum(size for _, size in sizes)
         return DataFile(path, size, metadata.num_rows, sha256, total, cut_shards(sizes)), schema
 

@@ -76,7 +76,8 @@ def plan_labeling(
     for file, schema in described:
         needed = {"--image-column": columns.image, "--caption-column": columns.caption}
         require_columns(schema, needed, f"{folder}/{file.path}")
-        require_kinds(schema, columns.image, columns.caption, f"{folder}/{file.path}")
+        where, fetchable = f"{folder}/{file.path}", bool(columns.image_prefixes)
+        require_kinds(schema, columns.image, columns.caption, where, fetchable=fetchable)
         names = passthrough_names(schema, columns.image)
         renamed |= {before: after for before, after in names.items() if before != after}
     for before, after in renamed.items():
@@ -98,6 +99,7 @@ def labeling_settings(bundle: Bundle, columns: Columns, config: LabelConfig) -> 
         "labels": list(bundle.vocabulary.labels),
         "thresholds": bundle.thresholds.tolist(),
         "columns": {"image": columns.image, "caption": columns.caption},
+        "image_prefixes": sorted(columns.image_prefixes),
         "image_size": bundle.model_config.image_size,
         "decoder": DECODER,
         "precision": config.precision,

@@ -237,20 +237,38 @@ def require_columns(schema: pa.Schema, columns: dict[str, str], where: str) -> N
             )
 
 
-def require_kinds(schema: pa.Schema, image_column: str, caption_column: str, where: str) -> None:
-    """Check that images are bytes and captions are text.
+def require_kinds(
+    schema: pa.Schema, image_column: str, caption_column: str, where: str, *, fetchable: bool = False
+) -> None:
+    """Check that images are bytes, or URIs that may be fetched, and captions are text.
 
     Raises:
         DataError: they are not; names the file, the column and its type.
     """
+    kind = schema.field(image_column).type
+    if holds_uris(kind) and not fetchable:
+        raise DataError(
+            f"{where}: column {image_column!r} names images by URI, and none may be fetched; "
+            "allow those below a place with --image-prefix, such as s3://bucket/images"
+        )
     try:
-        image_bytes(pa.array([], schema.field(image_column).type))
+        if not holds_uris(kind):
+            image_bytes(pa.array([], kind))
     except DataError as error:
         raise DataError(f"{where}: column {image_column!r}: {error}") from None
     kind = schema.field(caption_column).type
-    text = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if text not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
+    if not (_is_text(kind) or pa.types.is_null(kind)):
         raise DataError(f"{where}: column {caption_column!r}: a caption column holds text, not {kind}")
+
+
+def holds_uris(kind: pa.DataType) -> bool:
+    """Tell whether an image column of this type names images instead of holding them."""
+    return _is_text(kind)
+
+
+def _is_text(kind: Any) -> bool:
+    text = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return text in (pa.string(), pa.large_string(), pa.string_view())
 
 
 def image_bytes(column: pa.Array | pa.ChunkedArray) -> list[bytes | None]:

@@ -21,11 +21,12 @@ from mmray.bundle import Bundle
 from mmray.config import Columns, ComputeConfig, LabelConfig, Workers
 from mmray.errors import ConfigError
 from mmray.faults import moment
+from mmray.fetch import fetch_images, image_values
 from mmray.parcels import Parcel, unpack
 from mmray.parquet import MAX_SHARD_BYTES, DataFile, Unit, read_units
 from mmray.plan import Shard, Work, shards_of
 from mmray.rowgroups import DAMAGE
-from mmray.schema import KeptScores, Status, image_bytes, output_schema, passthrough_names, prediction_fields
+from mmray.schema import KeptScores, Status, output_schema, passthrough_names, prediction_fields
 from mmray.storage import Folder
 
 READ_TASK_ROWS = 1000
@@ -59,7 +60,8 @@ def score_shards(folder: Folder, work: Work, scorer: Scorer) -> ray.data.Dataset
     pool = scorer.pool
     # Ray Data has no other door for the limits of retries than the arguments that it calls deprecated.
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
-    return ray.data.read_datasource(ShardSource(folder, work, scorer.earlier), num_cpus=0.5).map_batches(
+    source = ShardSource(folder, work, scorer.columns, scorer.earlier)
+    return ray.data.read_datasource(source, num_cpus=0.5).map_batches(
         ScoreShards,
         fn_constructor_args=(scorer,),
         batch_size=1,
@@ -110,10 +112,10 @@ class Pool(NamedTuple):
 class ShardSource(Datasource):
     """Reads the units of a plan that hold uncommitted shards; gives each of these shards as one row."""
 
-    def __init__(self, folder: Folder, work: Work, earlier: Folder | None = None) -> None:
+    def __init__(self, folder: Folder, work: Work, columns: Columns, earlier: Folder | None = None) -> None:
         """Take the input's folder, what is to be done, and the output whose failed rows are retried."""
         super().__init__()
-        self.folder, self.work, self.earlier = folder, work, earlier
+        self.folder, self.work, self.columns, self.earlier = folder, work, columns, earlier
 
     def estimate_inmemory_data_size(self) -> int:
         """Estimate the bytes of encoded images that will be read."""
@@ -136,7 +138,7 @@ class ShardSource(Datasource):
         return [self._task(task) for task in tasks]
 
     def _task(self, units: list[tuple[DataFile, Unit]]) -> ReadTask:
-        folder, earlier = self.folder, self.earlier
+        folder, columns, earlier = self.folder, self.columns, self.earlier
         committed = {shard for file, unit in units for shard in shards_of(file, [unit])} & self.work.committed
 
         def read() -> Iterator[pa.Table]:
@@ -154,6 +156,7 @@ class ShardSource(Datasource):
                     needed = [tuple(row for row in unit if row <= wanted[-1].end)] if wanted else []
                     for first, end, rows in read_units(folder, file, needed, salvage=True):
                         if (shard := Shard(file.path, first, end)) in wanted:
+                            rows = fetch_images(rows, columns.image, columns.image_prefixes)
                             yield parcels[shard]._replace(rows=rows).packed()
             except Exception as error:
                 assert file is not None, "a task has units"
@@ -228,7 +231,7 @@ class ScoreShards:
         """Replace the image column by the predictions; rows of a damaged row group have failed."""
         damage = rows[DAMAGE].to_pylist()
         rows = rows.drop_columns(DAMAGE)
-        images = image_bytes(rows[self.columns.image])
+        images = image_values(rows[self.columns.image])
         captions = rows[self.columns.caption].to_pylist()
         for row in (damaged := [row for row, reason in enumerate(damage) if reason]):
             images[row] = captions[row] = None

@@ -184,6 +184,21 @@ class Folder:
             raise StorageError(f"{self.uri}/{path}: bytes {start} to {end} came back as {len(data)} bytes")
         return data
 
+    def read_start(self, path: str, num_bytes: int) -> bytes:
+        """Read the first bytes of a file, or all where it has no more: one request.
+
+        Raises:
+            FileNotFoundError: it does not exist.
+        """
+        with _translated(f"{self.uri}/{path}"):
+            try:
+                data: bytes = self.filesystem.cat_file(self.path(path), start=0, end=num_bytes)
+            except Exception as error:
+                if _code(error) != "InvalidRange":  # what an empty object answers
+                    raise
+                return b""
+        return data
+
     def tail(self, path: str, size: int, num_bytes: int) -> bytes:
         """Read the last bytes of a file of known size: one request."""
         return self.read_range(path, max(0, size - num_bytes), size)

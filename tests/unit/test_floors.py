@@ -11,10 +11,21 @@ HOUSE = Path(__file__).parents[2] / "mmray"
 
 FLOORS = [
     # 0: the contract
-    ["errors", "faults", "schema", "config"],
+    ["errors", "faults", "schema", "uris", "config"],
     # 1: everything that works without Ray
     [
-        *("storage", "rowgroups", "parquet", "plan", "shards", "retry", "parcels", "lease", "progress"),
+        *(
+            "storage",
+            "fetch",
+            "rowgroups",
+            "parquet",
+            "plan",
+            "shards",
+            "retry",
+            "parcels",
+            "lease",
+            "progress",
+        ),
         *("images", "captions", "model", "losses", "metrics", "decisions", "bundle", "planning"),
         *("labeler", "isolation", "learner", "cli"),
     ],
