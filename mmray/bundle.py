@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mmray.model import MultimodalModel
 
 SCHEMA_VERSION = 1
+TOKENIZER_FILES = (".json", ".txt", ".model", ".jinja")
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +79,15 @@ class Bundle:
             names = [name for name in config["sums"] if name.startswith("tokenizer/")]
             if any(name.count("/") > 1 for name in names):  # would be written somewhere else
                 raise BundleError(f"{uri}/config.json names {names}: a tokenizer's files stand in one folder")
+            if code := [name for name in names if not name.endswith(TOKENIZER_FILES)]:
+                raise BundleError(f"{uri}/config.json names {code}: a tokenizer is JSON and text")
             files = {name.removeprefix("tokenizer/"): folder.read(name) for name in names}
             vocabulary = Vocabulary(tuple(labels))
             model_config = from_json(ModelConfig, config["model"], f"{uri}/config.json")
+            if (
+                model_config.pretrained or ":" in model_config.vision
+            ):  # would be fetched, or read from elsewhere
+                raise BundleError(f"{uri}/config.json names a model that is not in the bundle")
             weights = config["sums"]["model.safetensors"]
         except (FileNotFoundError, KeyError, TypeError, ValueError, DataError, ConfigError) as error:
             raise BundleError(f"{uri} is no complete bundle: {error}; train.py makes one") from None

@@ -23,7 +23,7 @@ from mmray.metrics import Counts
 from mmray.parcels import unpack
 from mmray.parquet import DataFile, read_footer, read_units
 from mmray.plan import Plan, Work
-from mmray.schema import Vocabulary, output_name, require_columns
+from mmray.schema import Vocabulary, output_name, refuse_pickles, require_columns
 from mmray.scoring import Pool, Scorer, score_shards, streaming
 from mmray.storage import Folder
 
@@ -192,9 +192,11 @@ def _join_by_id(rows: Rows, predictions: Folder, plan: Plan, rule: Rule) -> tupl
 def _read_predictions(predictions: Folder, path: str, rule: Rule, *more: str) -> pa.Table:
     columns = ["predicted_labels", *(["scores"] if rule.scored else []), *more]
     try:
-        return pq.read_table(pa.BufferReader(predictions.read(path)), columns=columns)
+        labeled = pq.read_table(pa.BufferReader(predictions.read(path)), columns=columns)
     except FileNotFoundError:
         raise OutputError(f"{predictions}/{path} is missing: let label.py finish first") from None
+    refuse_pickles(labeled.schema, f"{predictions}/{path}")
+    return labeled
 
 
 def _require_unique(ids: pa.ChunkedArray, column: str, where: str) -> None:

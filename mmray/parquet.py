@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from mmray.errors import DataError
 from mmray.faults import moment
 from mmray.rowgroups import RowGroups
-from mmray.schema import holds_uris
+from mmray.schema import holds_uris, refuse_pickles
 from mmray.storage import Folder, visible
 
 MAX_SHARD_ROWS = 1000
@@ -115,6 +115,7 @@ def describe_files(
             groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
             sizes = [(group.num_rows, _column_bytes(group, image_column)) for group in groups]
             schema = metadata.schema.to_arrow_schema()
+            refuse_pickles(schema, f"{folder}/{path}")
             if image_column in schema.names and holds_uris(schema.field(image_column).type):
                 sizes = [(num_rows, num_rows * UNKNOWN_IMAGE_BYTES) for num_rows, _ in sizes]
         total = sum(size for _, size in sizes)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmray.errors import DataError
+from mmray.schema import refuse_pickles
 from mmray.storage import Folder
 
 READ_BUFFER_BYTES = 8 << 20
@@ -31,6 +32,7 @@ class RowGroups:
         self.folder, self.path, self.metadata, self.salvage = folder, path, metadata, salvage
         self.source, self.parquet = self._open()
         whole = self.parquet.schema_arrow
+        refuse_pickles(whole, f"{folder}/{path}")
         fields = list(whole) if columns is None else [whole.field(name) for name in columns]
         self.names = [field.name for field in fields]
         if salvage:

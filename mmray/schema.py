@@ -38,6 +38,9 @@ class Status(StrEnum):
 REJECTED = (Status.FAILED, Status.BAD_IMAGE)
 """Statuses that `_mmray/rejected/` lists: somebody should look at these rows."""
 
+PICKLES = "ray.data.arrow_pickled_object"
+"""Name of Ray Data's Arrow type whose values are pickles."""
+
 PREDICTION_COLUMNS = ("predicted_labels", "scores", "status", "error", "model")
 
 
@@ -235,6 +238,28 @@ def require_columns(schema: pa.Schema, columns: dict[str, str], where: str) -> N
                 f"{where}: no column {name!r}; there are {', '.join(schema.names) or 'none'}. "
                 f"Name the right one with {option}"
             )
+
+
+def refuse_pickles(schema: pa.Schema, where: str) -> None:
+    """Refuse columns of Python objects, as Ray Data writes them: to look at a value would run its code.
+
+    Raises:
+        DataError: there is one; names the file and the column.
+    """
+    for field in schema:
+        if _holds_pickles(field.type):
+            raise DataError(
+                f"{where}: column {field.name!r} holds pickled Python objects, which are never loaded; "
+                "write the file without it"
+            )
+
+
+def _holds_pickles(kind: Any) -> bool:
+    if isinstance(kind, pa.BaseExtensionType):
+        return kind.extension_name == PICKLES or _holds_pickles(kind.storage_type)
+    if pa.types.is_dictionary(kind):
+        return _holds_pickles(kind.value_type)
+    return any(_holds_pickles(kind.field(index).type) for index in range(kind.num_fields))
 
 
 def require_kinds(
