@@ -9,23 +9,26 @@ import json
 import os
 import subprocess
 import sys
-from threading import Timer
+import threading
 from typing import IO, Any
 
 import numpy as np
 
-from mmray.labeler import DECODE_TIMEOUT_S, Image, Row, decode_row
+from mmray.decoding import DECODE_TIMEOUT_S, Image, Row, decode_row
 from mmray.schema import Status
 from mmray.uris import UnfetchedError
 
 
 class IsolatedDecoder:
-    """Decodes rows one by one in a child process, which is replaced when a row kills or hangs it."""
+    """Decodes rows in child processes, one for each thread; a row that kills or hangs its process has failed.
+
+    A child is replaced when it is gone. It loads no torch, so it is small and there in half a second.
+    """
 
     def __init__(self, timeout_s: float = DECODE_TIMEOUT_S) -> None:
         """Set how long a row may take."""
         self.timeout_s = timeout_s
-        self.child: subprocess.Popen[bytes] | None = None
+        self.thread = threading.local()
 
     def __call__(self, image: Image, caption: str | None, fusion: str, size_px: int) -> Row:
         """Decode a row, as `decode_row` does; the row that kills or hangs the process has failed."""
@@ -33,14 +36,13 @@ class IsolatedDecoder:
             return decode_row(image, caption, fusion, size_px)
         child = self._running()
         assert child.stdin and child.stdout
-        timer = Timer(self.timeout_s, child.kill)
+        timer = threading.Timer(self.timeout_s, child.kill)
         timer.start()
         try:
             _send(child.stdin, {"fusion": fusion, "size_px": size_px}, image, _encoded(caption))
             record, pixels, kept = _receive(child.stdout)
         except (EOFError, BrokenPipeError):
             status = child.wait()
-            self.child = None
             hung = not timer.is_alive()
             reason = f"took more than {self.timeout_s:.0f} s" if hung else f"killed its process ({status})"
             return Row(None, None, Status.FAILED, f"decoding this row {reason}")
@@ -50,16 +52,17 @@ class IsolatedDecoder:
         return Row(image_pixels, _decoded(kept), Status(record["status"]), record["error"])
 
     def _running(self) -> subprocess.Popen[bytes]:
-        if self.child is None or self.child.poll() is not None:
-            self.child = subprocess.Popen(
+        child: subprocess.Popen[bytes] | None = getattr(self.thread, "child", None)
+        if child is None or child.poll() is not None:
+            child = self.thread.child = subprocess.Popen(
                 [sys.executable, "-m", "mmray.isolation"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
             )
-            assert self.child.stdout
-            _receive(self.child.stdout)  # it is up; only now the clock may run
-        return self.child
+            assert child.stdout
+            _receive(child.stdout)  # it is up; only now the clock may run
+        return child
 
 
 def serve(requests: IO[bytes], answers: IO[bytes]) -> None:

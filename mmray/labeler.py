@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from typing import Any, NamedTuple
@@ -11,20 +11,14 @@ import numpy as np
 import torch
 
 from mmray.bundle import Bundle
-from mmray.captions import is_blank, tokenize
+from mmray.captions import tokenize
 from mmray.decisions import decide
-from mmray.errors import ConfigError, DataError
-from mmray.faults import moment
-from mmray.images import View, decode_image
+from mmray.decoding import DECODE_TIMEOUT_S, Decode, Image, Row, decode_row
+from mmray.errors import ConfigError
 from mmray.model import Inputs
 from mmray.schema import Status
-from mmray.uris import UnfetchedError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-DECODE_TIMEOUT_S = 30.0
-"""A row that takes longer hangs; the largest image that is decoded takes some seconds."""
 
 
 class HungError(Exception):
@@ -47,22 +41,6 @@ class Labeled(NamedTuple):
     def valid(self) -> np.ndarray:
         """bool (B,): rows that did not fail."""
         return np.array([status is not Status.FAILED for status in self.statuses], bool)
-
-
-class Row(NamedTuple):
-    """One row, decoded: what the model sees of it, and what was wrong with it."""
-
-    pixels: np.ndarray | None
-    caption: str | None
-    status: Status
-    error: str | None
-
-
-Image = bytes | UnfetchedError | None
-"""An encoded image, why one that has a URI could not be had, or None where a row has none."""
-
-Decode = Callable[[Image, str | None, str, int], Row]
-"""Decodes (image, caption, fusion, size_px), as `decode_row` does."""
 
 
 class Labeler:
@@ -177,39 +155,6 @@ class Labeler:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits = self.model(inputs)
         return logits.float().sigmoid().cpu().numpy()
-
-
-def decode_row(image: Image, caption: str | None, fusion: str, size_px: int, view: View | None = None) -> Row:
-    """Decode what a fusion needs of one row, and say how it may be labeled. Never raises for bad data.
-
-    Args:
-        image: encoded, or why there is none.
-        caption: or None.
-        fusion: of the model.
-        size_px: side of the square.
-        view: what augmentation drew, in training.
-    """
-    moment("decode", caption or "")
-    pixels, status, error = None, Status.OK, None
-    if fusion != "text":
-        try:
-            if image is None:
-                raise UnfetchedError("image is null", Status.NO_IMAGE)
-            if isinstance(image, UnfetchedError):
-                raise image
-            pixels = decode_image(image, size_px, view)
-        except UnfetchedError as reason:
-            status, error = reason.status, str(reason)
-        except DataError as reason:
-            status, error = Status.BAD_IMAGE, str(reason)
-    readable = fusion != "image" and not is_blank(caption)
-    if fusion != "image" and not readable:
-        missing = "caption is null" if caption is None else "caption is empty"
-        error = f"{error}; {missing}" if error else missing
-        status = Status.NO_CAPTION if status is Status.OK else Status.FAILED
-    if pixels is None and not readable:
-        status = Status.FAILED
-    return Row(pixels, caption if readable else None, status, error)
 
 
 def make_inputs(

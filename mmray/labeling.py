@@ -136,8 +136,7 @@ def label_planned(
 ) -> dict[str, Any]:
     """Label what a plan still lacks, and finish the output.
 
-    Shards that the first pass loses, since their worker dies with them twice, go through a second one, which
-    decodes each row in a process of its own.
+    Shards that the first pass leaves, since storage failed or all their workers died, go through another.
 
     Returns:
         The manifest.
@@ -150,13 +149,13 @@ def label_planned(
     records.forget(file.path for file, _ in work.pending)
     tally = Tally(plan, committer, records, scorer.config.max_failed_fraction)
     with ending_gently(), _shown(work.num_rows, progress) as line:
-        for isolated in (False, True):
+        for last in (False, True):
             if not work:
                 break
-            if isolated:
-                log.warning("%d shards were lost; their rows are now decoded one by one", work.num_pending)
-            with streaming(tolerant=not isolated):
-                scored = score_shards(folder, work, scorer._replace(isolated=isolated))
+            if last:
+                log.warning("%d shards are left; trying them again", work.num_pending)
+            with streaming(tolerant=not last):
+                scored = score_shards(folder, work, scorer)
                 with closing(commit_shards(scored, committer)) as outcomes:
                     tally.run(outcomes if work.pending else (), work, lease, line)
             work = find_work(output, plan)

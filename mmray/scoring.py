@@ -35,8 +35,11 @@ READ_TASK_ROWS = 1000
 BLOCK_BYTES = 8 << 20
 """Shards share a block up to this size. Ray cuts blocks between rows, and a row is a shard: none is torn."""
 
+ATTEMPTS = 3
+"""How often a parcel is tried again when its worker dies."""
+
 TOLERATED_BLOCKS = 100
-"""Blocks that may be lost with their workers, for the isolated pass to take up, before a run is given up."""
+"""Blocks that may be lost, with all their workers, for a second pass to take up, before a run is given up."""
 
 
 class Scorer(NamedTuple):
@@ -46,8 +49,6 @@ class Scorer(NamedTuple):
     columns: Columns
     config: LabelConfig
     pool: Pool
-    isolated: bool = False
-    """Whether each row is decoded in a process of its own, which it may kill or hang."""
     earlier: Folder | None = None
     """A finished output of which only the failed rows are labeled again."""
 
@@ -55,7 +56,8 @@ class Scorer(NamedTuple):
 def score_shards(folder: Folder, work: Work, scorer: Scorer) -> ray.data.Dataset:
     """Read the shards of some work and score them: parcels of labeled tables.
 
-    A worker that dies is replaced for ever, its parcel tried once more and then given up.
+    A worker that dies is replaced for ever, and its parcels are tried again: a row that killed it does not do
+    so twice, since its successor decodes in processes of their own.
     """
     pool = scorer.pool
     # Ray Data has no other door for the limits of retries than the arguments that it calls deprecated.
@@ -70,7 +72,7 @@ def score_shards(folder: Folder, work: Work, scorer: Scorer) -> ray.data.Dataset
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,
         max_restarts=-1,
-        max_task_retries=1,
+        max_task_retries=ATTEMPTS,
     )
 
 
@@ -183,18 +185,20 @@ class ScoreShards:
         from mmray.isolation import IsolatedDecoder
         from mmray.labeler import Labeler
 
-        bundle, self.columns, config, pool, isolated, _ = scorer
+        bundle, self.columns, config, pool, _ = scorer
         torch.set_num_threads(pool.num_threads)  # Ray sets one thread for each CPU that was asked for
         self.kept = KeptScores.parse(config.scores)
         self.bundle, self.fingerprint = bundle, bundle.fingerprint
         assert config.precision is not None
         self.refusal: Exception | None = None
+        # Its predecessor may have died of a row that now comes again.
+        isolated = ray.get_runtime_context().was_current_actor_reconstructed
         try:
             self.labeler = Labeler(
                 bundle,
                 batch_size=config.batch_size,
                 precision=config.precision,
-                num_threads=1 if isolated else pool.num_threads,
+                num_threads=pool.num_threads,
                 decode=IsolatedDecoder() if isolated else None,
             )
         except Exception as error:
@@ -258,13 +262,19 @@ def streaming(*, tolerant: bool = False) -> Iterator[None]:
     """Let blocks be small: tiny shards share one, a large shard has its own and moves on once it is read.
 
     Args:
-        tolerant: go on when a block is lost with its worker, for the second time.
+        tolerant: go on when a block is lost with its workers, after all attempts.
     """
     context = DataContext.get_current()
-    before = context.target_max_block_size, context.max_errored_blocks
-    context.target_max_block_size = BLOCK_BYTES
-    context.max_errored_blocks = TOLERATED_BLOCKS if tolerant else 0
+    settings = {
+        "target_max_block_size": BLOCK_BYTES,
+        "max_errored_blocks": TOLERATED_BLOCKS if tolerant else 0,
+        "max_consecutive_actor_init_deaths": ATTEMPTS,
+    }
+    before = {name: getattr(context, name) for name in settings}
     try:
+        for name, value in settings.items():
+            setattr(context, name, value)
         yield
     finally:
-        context.target_max_block_size, context.max_errored_blocks = before
+        for name, value in before.items():
+            setattr(context, name, value)

@@ -23,8 +23,8 @@ from mmray.bundle import tokenizer_of
 from mmray.captions import tokenize
 from mmray.config import ModelConfig, TrainConfig
 from mmray.decisions import decide
+from mmray.decoding import decode_row
 from mmray.images import Augmentation, View
-from mmray.labeler import decode_row
 from mmray.learner import Learner, drop_modalities, drop_words, freeze_unused
 from mmray.metrics import Counts
 from mmray.model import Inputs, build_model

@@ -26,7 +26,7 @@ FLOORS = [
             "lease",
             "progress",
         ),
-        *("images", "captions", "model", "losses", "metrics", "decisions", "bundle", "planning"),
+        *("images", "captions", "decoding", "model", "losses", "metrics", "decisions", "bundle", "planning"),
         *("labeler", "isolation", "learner", "cli"),
     ],
     # 2: on Ray Data and Ray Train

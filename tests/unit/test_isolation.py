@@ -1,13 +1,14 @@
 """Decoding in a process of its own: the same rows, and a row that kills or hangs the process costs itself."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mmray.decoding import decode_row
 from mmray.isolation import IsolatedDecoder
-from mmray.labeler import decode_row
 from mmray.schema import Status
 
 
@@ -20,10 +21,7 @@ def encoded(seed):
 
 @pytest.fixture(scope="module")
 def decoder():
-    decoder = IsolatedDecoder()
-    yield decoder
-    decoder.child.kill()
-    decoder.child.wait()
+    return IsolatedDecoder()
 
 
 @pytest.mark.parametrize(
@@ -54,8 +52,19 @@ def test_a_row_that_kills_its_process_has_failed_and_the_next_one_is_decoded(mon
     row = decoder(encoded(2), "poison", "concat", 16)
     assert row == (None, None, Status.FAILED, "decoding this row killed its process (-9)")
     assert decoder(encoded(3), "sound too", "concat", 16).status is Status.OK
-    decoder.child.kill()
-    decoder.child.wait()
+
+
+def test_threads_that_ask_at_once_get_their_own_rows(monkeypatch):
+    monkeypatch.setenv("MMRAY_FAULT", "exit decode poison*")
+    decoder = IsolatedDecoder()
+    rows = [(encoded(seed), "poison" if seed % 5 == 0 else f"row {seed}") for seed in range(40)]
+    with ThreadPoolExecutor(4) as threads:
+        apart = list(threads.map(lambda row: decoder(*row, "concat", 16), rows))
+    for (image, caption), row in zip(rows, apart, strict=True):
+        if caption == "poison":
+            assert row.status is Status.FAILED
+        else:
+            assert np.array_equal(row.pixels, decode_row(image, caption, "concat", 16).pixels)
 
 
 def test_a_row_that_hangs_has_failed(monkeypatch):
@@ -63,4 +72,4 @@ def test_a_row_that_hangs_has_failed(monkeypatch):
     decoder = IsolatedDecoder(timeout_s=2)
     row = decoder(encoded(2), "poison", "concat", 16)
     assert row == (None, None, Status.FAILED, "decoding this row took more than 2 s")
-    assert decoder.child is None
+    assert decoder(encoded(3), "sound", "concat", 16).status is Status.OK

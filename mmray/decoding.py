@@ -1,0 +1,67 @@
+"""From a row to what the model sees of it, and what was wrong with it. Without torch, as is `isolation`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from mmray.captions import is_blank
+from mmray.errors import DataError
+from mmray.faults import moment
+from mmray.images import View, decode_image
+from mmray.schema import Status
+from mmray.uris import UnfetchedError
+
+DECODE_TIMEOUT_S = 30.0
+"""A row that takes longer hangs; the largest image that is decoded takes some seconds."""
+
+
+class Row(NamedTuple):
+    """One row, decoded: what the model sees of it, and what was wrong with it."""
+
+    pixels: np.ndarray | None
+    caption: str | None
+    status: Status
+    error: str | None
+
+
+Image = bytes | UnfetchedError | None
+"""An encoded image, why one that has a URI could not be had, or None where a row has none."""
+
+Decode = Callable[[Image, str | None, str, int], Row]
+"""Decodes (image, caption, fusion, size_px), as `decode_row` does."""
+
+
+def decode_row(image: Image, caption: str | None, fusion: str, size_px: int, view: View | None = None) -> Row:
+    """Decode what a fusion needs of one row, and say how it may be labeled. Never raises for bad data.
+
+    Args:
+        image: encoded, or why there is none.
+        caption: or None.
+        fusion: of the model.
+        size_px: side of the square.
+        view: what augmentation drew, in training.
+    """
+    moment("decode", caption or "")
+    pixels, status, error = None, Status.OK, None
+    if fusion != "text":
+        try:
+            if image is None:
+                raise UnfetchedError("image is null", Status.NO_IMAGE)
+            if isinstance(image, UnfetchedError):
+                raise image
+            pixels = decode_image(image, size_px, view)
+        except UnfetchedError as reason:
+            status, error = reason.status, str(reason)
+        except DataError as reason:
+            status, error = Status.BAD_IMAGE, str(reason)
+    readable = fusion != "image" and not is_blank(caption)
+    if fusion != "image" and not readable:
+        missing = "caption is null" if caption is None else "caption is empty"
+        error = f"{error}; {missing}" if error else missing
+        status = Status.NO_CAPTION if status is Status.OK else Status.FAILED
+    if pixels is None and not readable:
+        status = Status.FAILED
+    return Row(pixels, caption if readable else None, status, error)
