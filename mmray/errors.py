@@ -24,6 +24,10 @@ class MmrayError(Exception):
 
     exit_status = 2
 
+    def __init__(self, text: str = "") -> None:
+        """Take the text; what a terminal obeys, such as a line break in a file's name, is escaped."""
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+
 
 class ConfigError(MmrayError):
     """An option or a recipe that cannot work."""
