@@ -4,7 +4,18 @@ import pickle
 
 import pytest
 
-from mmray.errors import BudgetError, BundleError, DataError, MmrayError, from_json, redact, to_json
+from mmray.errors import (
+    BudgetError,
+    BundleError,
+    DataError,
+    MmrayError,
+    find_error,
+    from_json,
+    redact,
+    to_json,
+)
+from mmray.schema import Status
+from mmray.uris import UnfetchedError
 
 SECRET = "wJalrXUtnFEMI/K7MDENG"
 
@@ -71,3 +82,13 @@ def test_a_text_is_one_line_that_no_terminal_obeys_whatever_a_file_is_called():
     assert str(error) == r"/rows/a\n\x1b[2J\udce9 \u202eé%20.parquet: no column 'x'"
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
     assert str(from_json(to_json(error))) == str(error)
+
+
+def test_what_ray_data_puts_behind_a_text_is_cut_off_on_the_way_to_the_user():
+    error = UnfetchedError("a\nb", Status.NO_IMAGE)
+    error.args = (f"{error.args[0]}\nTo change retry attempts, configure",)
+    came = pickle.loads(pickle.dumps(error))
+    assert came.status is Status.NO_IMAGE
+    wrapped = RuntimeError("a task failed")
+    wrapped.__cause__ = came
+    assert str(find_error(wrapped)) == r"a\nb"
