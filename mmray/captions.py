@@ -1,4 +1,4 @@
-"""Captions to token ids: the one tokenizer, trained here or loaded."""
+"""Captions: out of a column, and to token ids by the one tokenizer, trained here or loaded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 
 from mmray.errors import ConfigError
 
@@ -29,6 +30,27 @@ SPECIAL_TOKENS = {
 }
 
 
+def caption_texts(column: pa.Array | pa.ChunkedArray) -> list[str | None]:
+    """Take the captions out of a column of text.
+
+    What is not UTF-8 in them, which Parquet does not check, is read as U+FFFD, and the caption is labeled
+    from the rest. Arrow itself would give out such a column as a whole or not at all.
+
+    Args:
+        column: strings of any layout, dictionaries of them, or null throughout; B rows.
+
+    Returns:
+        B captions, None where there is none.
+    """
+    captions: list[str | None]
+    try:
+        captions = column.to_pylist()
+    except UnicodeDecodeError:
+        texts = column.cast(pa.large_binary()).to_pylist()
+        captions = [text if text is None else text.decode("utf-8", "replace") for text in texts]
+    return captions
+
+
 def is_blank(caption: str | None) -> bool:
     """Tell whether a caption says nothing: null, empty, or white space alone."""
     return caption is None or not caption.strip()
@@ -45,7 +67,7 @@ def train_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerBase:
     from tokenizers import processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    texts = [caption[:MAX_CHARACTERS] for caption in captions]
+    texts = [_cut(caption) for caption in captions]
     scratch = _word_piece({})
     characters = sorted(
         {c for text in texts for c in scratch.normalizer.normalize_str(text) if not c.isspace()}
@@ -112,6 +134,15 @@ def tokenize(
         input_ids: int64 (B, T), T <= max_tokens.
         attention_mask: int64 (B, T), 1 where a token stands.
     """
-    texts = [(caption or "")[:MAX_CHARACTERS] for caption in captions]
+    texts = [_cut(caption or "") for caption in captions]
     tokens = tokenizer(texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="np")
     return tokens["input_ids"].astype(np.int64), tokens["attention_mask"].astype(np.int64)
+
+
+def _cut(caption: str) -> str:
+    """Cut a caption to the part that counts, and make it text that can be encoded, as tokenizers ask for."""
+    if len(caption) > MAX_CHARACTERS:
+        caption = caption.lstrip()[:MAX_CHARACTERS]
+    if caption.isascii():
+        return caption
+    return caption.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of a pair alone

@@ -186,6 +186,8 @@ def cluster() -> Iterator[None]:
         signal.signal(
             signal.SIGTERM, _interrupt
         )  # ray.init() set its own, which exits with the signal's number
+    # Else an error of a user's row would come out of `map` as one of Ray's, and end as failed infrastructure.
+    ray.data.DataContext.get_current().raise_original_map_exception = True
     if quiet:
         for name in ("ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # an error is told at the edge, in a line

@@ -13,6 +13,7 @@ import ray.data
 from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
+from mmray.captions import caption_texts
 from mmray.config import Columns
 from mmray.errors import DataError
 from mmray.fetch import fetch_images
@@ -106,6 +107,8 @@ class RowSource(Datasource):
                 if "image" in block:
                     images = fetch_images(table, names["image"], prefixes)[names["image"]]
                     block["image"] = pa.array(image_bytes(images), pa.large_binary())
+                if "caption" in block:  # of any layout, also those that Ray cannot send from task to task
+                    block["caption"] = block["caption"].cast(pa.large_string())
                 if draw is not None:
                     block["draw"] = pa.array(
                         np.arange(table.num_rows, dtype=np.uint64) + np.uint64(draw + first)
@@ -126,13 +129,17 @@ def count_labels(rows: Rows) -> tuple[Vocabulary, np.ndarray]:
         The vocabulary, and positives: int64 (L,).
 
     Raises:
-        DataError: no label, or labels of mixed types.
+        DataError: no label, labels of mixed types, or no lists of labels.
     """
 
     def count(block: pa.Table) -> pa.Table:
         counts: Counter[Label] = Counter()
-        for labels in block["labels"].to_pylist():
-            counts.update(set(labels or ()))
+        try:
+            for labels in block["labels"].to_pylist():
+                counts.update(set(labels or ()))
+        except (TypeError, UnicodeDecodeError) as error:
+            kind = block["labels"].type
+            raise DataError(f"labels of type {kind} are no lists of integers or of text: {error}") from None
         return pa.table({"counts": [json.dumps(list(counts.items()))]})
 
     total: Counter[Label] = Counter()
@@ -147,7 +154,7 @@ def sample_captions(rows: Rows, limit: int) -> list[str]:
     """Give the captions of the first `limit` rows that have one."""
     captions: list[str] = []
     for batch in rows.dataset(["caption"]).iter_batches(batch_size=None, batch_format="pyarrow"):
-        captions += [caption for caption in batch["caption"].to_pylist() if caption]
+        captions += [caption for caption in caption_texts(batch["caption"]) if caption]
         if len(captions) >= limit:
             break
     return captions[:limit]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from typing import Any
 from urllib.parse import urlsplit
 
 
@@ -23,6 +24,14 @@ class MmrayError(Exception):
     """Base of all errors that a user can act on."""
 
     exit_status = 2
+
+    def __init__(self, text: str = "") -> None:
+        """Take the text; what a terminal obeys, such as a line break in a file's name, is escaped."""
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be pickled as it is: `find_error` cuts off the lines that Ray Data puts behind the text."""
+        return BaseException.__new__, (type(self), *self.args), self.__dict__
 
 
 class ConfigError(MmrayError):

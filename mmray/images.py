@@ -155,4 +155,6 @@ def _look(pixels: np.ndarray, view: View) -> np.ndarray:
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image of a known format"
+    if isinstance(error, Image.DecompressionBombError):  # names twice the limit, where Pillow itself stops
+        return f"it has more pixels than the limit of {MAX_PIXELS}"
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 
 from mmray.errors import DataError
 from mmray.faults import moment
-from mmray.rowgroups import RowGroups
+from mmray.rowgroups import DAMAGE, RowGroups
 from mmray.schema import holds_uris, refuse_pickles
 from mmray.storage import Folder, visible
 
@@ -71,7 +72,7 @@ def find_files(uri: str) -> tuple[Folder, dict[str, int]]:
         are no data.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or one has a name that cannot be written down.
     """
     folder = Folder(uri)
     files = {path: size for path, size in folder.list(".parquet").items() if visible(path)}
@@ -81,6 +82,10 @@ def find_files(uri: str) -> tuple[Folder, dict[str, int]]:
         files = {path: size for path, size in folder.list(".parquet").items() if path == name}
     if not files:
         raise DataError(f"{uri}: no .parquet file there; prepare.py makes a dataset of images and captions")
+    try:
+        "".join(files).encode()
+    except UnicodeEncodeError as error:  # a plan and a manifest could not name it
+        raise DataError(f"{uri}: the name of a file in it is not UTF-8 ({error}); rename it") from None
     return folder, files
 
 
@@ -113,8 +118,12 @@ def describe_files(
         metadata, sha256 = read_footer(folder, path, size)
         with _parsing(f"{folder}/{path}"):
             groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+            counts = [group.num_rows for group in groups]
+            if min(counts, default=0) < 0 or sum(counts) != metadata.num_rows:
+                raise ValueError(f"{metadata.num_rows} rows, and row groups of {counts[:5]}")
             sizes = [(group.num_rows, _column_bytes(group, image_column)) for group in groups]
             schema = metadata.schema.to_arrow_schema()
+            _require_names(schema, f"{folder}/{path}")
             refuse_pickles(schema, f"{folder}/{path}")
             if image_column in schema.names and holds_uris(schema.field(image_column).type):
                 sizes = [(num_rows, num_rows * UNKNOWN_IMAGE_BYTES) for num_rows, _ in sizes]
@@ -123,6 +132,14 @@ def describe_files(
 
     with ThreadPoolExecutor(32) as threads:
         return [described for described in threads.map(describe, files.items()) if described]
+
+
+def _require_names(schema: pa.Schema, where: str) -> None:
+    twice = [name for name, count in Counter(schema.names).items() if count > 1]
+    if twice:
+        raise DataError(f"{where}: more than one column is called {twice[0]!r}; rename all but one")
+    if DAMAGE in schema.names:
+        raise DataError(f"{where}: column {DAMAGE!r} has a name that is used here; rename it")
 
 
 def read_footer(folder: Folder, path: str, size_bytes: int) -> tuple[pq.FileMetaData, str]:
@@ -136,6 +153,8 @@ def read_footer(folder: Folder, path: str, size_bytes: int) -> tuple[pq.FileMeta
     """
     try:
         tail = folder.tail(path, size_bytes, FOOTER_GUESS_BYTES)
+        if tail[-4:] == b"PARE":
+            raise DataError(f"{folder}/{path}: its Parquet footer is encrypted; write the file in plain")
         length = int.from_bytes(tail[-8:-4], "little") + 8
         if tail[-4:] != b"PAR1" or length > size_bytes:
             raise DataError(f"{folder}/{path}: no Parquet footer; the file is damaged or of another format")
@@ -174,9 +193,8 @@ def cut_shards(row_groups: Sequence[tuple[int, int]]) -> tuple[Unit, ...]:
         if not fits and end > first:
             units.append((first, end))
             first, shared_bytes = end, 0
-        parts = max(-(-num_rows // MAX_SHARD_ROWS), -(-num_bytes // MAX_SHARD_BYTES))
+        parts = min(num_rows, max(-(-num_rows // MAX_SHARD_ROWS), -(-num_bytes // MAX_SHARD_BYTES)))
         if parts > 1:
-            parts = min(parts, num_rows)
             units.append(tuple(end + num_rows * part // parts for part in range(parts + 1)))
             first, shared_bytes = end + num_rows, -num_bytes
         end += num_rows

@@ -6,9 +6,11 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+import pyarrow as pa
+
 from mmray.bundle import Bundle
 from mmray.config import Columns, LabelConfig
-from mmray.errors import OutputError
+from mmray.errors import DataError, OutputError
 from mmray.images import DECODER
 from mmray.parquet import MAX_SHARD_BYTES, MAX_SHARD_ROWS, describe_files
 from mmray.plan import Plan, cut_to
@@ -69,17 +71,15 @@ def plan_labeling(
     if not added:
         return plan
     unreadable: dict[str, str] | None = {} if config.skip_unreadable_files else None
-    described = describe_files(folder, added, columns.image, unreadable)
+    try:
+        described = describe_files(folder, added, columns.image, unreadable)
+    except DataError as error:
+        raise DataError(f"{error}; --skip-unreadable-files labels the others") from None
     for reason in (unreadable or {}).values():
         log.warning("skipped: %s", reason)
     renamed: dict[str, str] = {}
     for file, schema in described:
-        needed = {"--image-column": columns.image, "--caption-column": columns.caption}
-        require_columns(schema, needed, f"{folder}/{file.path}")
-        where, fetchable = f"{folder}/{file.path}", bool(columns.image_prefixes)
-        require_kinds(schema, columns.image, columns.caption, where, fetchable=fetchable)
-        names = passthrough_names(schema, columns.image)
-        renamed |= {before: after for before, after in names.items() if before != after}
+        renamed |= _require_usable(schema, columns, f"{folder}/{file.path}")
     for before, after in renamed.items():
         log.info("the input has a column %s: it becomes %s in the output", before, after)
     left = None if config.limit is None else config.limit - plan.num_rows
@@ -90,6 +90,18 @@ def plan_labeling(
         return replace(plan, files=plan.files + new)
     output.remove([SUCCESS] if plan.parts else [])
     return plan.append(output, new, unreadable)
+
+
+def _require_usable(schema: pa.Schema, columns: Columns, where: str) -> dict[str, str]:
+    """Check that the rows of a file can be labeled; gives the columns that get another name."""
+    needed = {"--image-column": columns.image, "--caption-column": columns.caption}
+    require_columns(schema, needed, where)
+    require_kinds(schema, columns.image, columns.caption, where, fetchable=bool(columns.image_prefixes))
+    try:
+        names = passthrough_names(schema, columns.image)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    return {before: after for before, after in names.items() if before != after}
 
 
 def labeling_settings(bundle: Bundle, columns: Columns, config: LabelConfig) -> dict[str, Any]:

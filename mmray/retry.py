@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,14 @@ def relabel(label: Callable[[pa.Table], pa.Table], rows: pa.Table, earlier: pa.T
         earlier: the same rows, labeled.
     """
     failed = pc.equal(earlier["status"], str(Status.FAILED)).to_numpy()
-    again = label(rows.filter(pa.array(failed)))
-    place = np.arange(earlier.num_rows)
-    place[failed] = earlier.num_rows + np.arange(again.num_rows)
-    return pa.concat_tables([earlier.cast(again.schema), again]).take(pa.array(place))
+    runs = [*pairwise([0, *(1 + np.flatnonzero(np.diff(failed))), len(failed)])]
+    # By slices: Arrow neither filters nor takes the rows of string_view and binary_view.
+    again = label(pa.concat_tables(rows.slice(first, end - first) for first, end in runs if failed[first]))
+    kept, parts, num_again = earlier.cast(again.schema), [], 0
+    for first, end in runs:
+        if failed[first]:
+            parts.append(again.slice(num_again, end - first))
+            num_again += end - first
+        else:
+            parts.append(kept.slice(first, end - first))
+    return pa.concat_tables(parts)

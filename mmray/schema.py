@@ -102,7 +102,8 @@ class Vocabulary:
             ) from None
         index = pc.index_in(flat, value_set=pa.array(self.labels, self.arrow_type))
         if index.null_count:
-            unknown = flat.filter(index.is_null()).unique().to_pylist()[:5]
+            # Shown by Arrow, which shows text that is not UTF-8 too.
+            unknown = flat.filter(index.is_null()).unique()[:5].to_string(indent=0, skip_new_lines=True)
             raise DataError(f"labels {unknown} are not among the {len(self)} labels of the vocabulary")
         targets = np.zeros((len(rows), len(self)), np.uint8)
         row_of = np.repeat(np.arange(len(rows)), pc.list_value_length(rows).to_numpy())
@@ -192,10 +193,12 @@ def passthrough_names(input_schema: pa.Schema, image_column: str) -> dict[str, s
     Raises:
         DataError: the new name of a column is taken as well.
     """
-    kept = [name for name in input_schema.names if name != image_column]
-    names = {name: output_name(name) for name in kept}
-    if len(set(names.values())) < len(names):
-        raise DataError(f"two input columns would share a name in the output: {sorted(names.values())}")
+    names = {name: output_name(name) for name in input_schema.names if name != image_column}
+    for name, new in names.items():
+        if new != name and new in names:
+            raise DataError(
+                f"columns {name!r} and {new!r} would share the name {new!r} in the output; rename one"
+            )
     return names
 
 

@@ -181,7 +181,10 @@ def _compare_rows(source: Folder, file: DataFile, labeled: pa.Table, names: dict
 def _first_difference(before: pa.ChunkedArray, after: pa.ChunkedArray) -> int | None:
     if before.equals(after):
         return None
-    old, new = before.to_pylist(), after.to_pylist()
+    try:
+        old, new = before.to_pylist(), after.to_pylist()
+    except UnicodeDecodeError:  # somewhere in either
+        old, new = _as_bytes(before).to_pylist(), _as_bytes(after).to_pylist()
     for row, (one, other) in enumerate(zip(old, new, strict=False)):
         if one != other and repr(one) != repr(other):  # NaN equals nothing, its text does
             return row
@@ -189,8 +192,34 @@ def _first_difference(before: pa.ChunkedArray, after: pa.ChunkedArray) -> int | 
 
 
 def _shown(column: pa.ChunkedArray, row: int) -> str:
-    text = repr(column[row].as_py())
+    value = column.slice(row, 1)
+    try:
+        text = repr(value[0].as_py())
+    except UnicodeDecodeError:
+        text = repr(_as_bytes(value)[0].as_py())
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _as_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Turn text, also inside of lists and structs, into bytes: Arrow gives out no text that is not UTF-8."""
+    return column.cast(_bytes_type(column.type))
+
+
+def _bytes_type(kind: Any) -> Any:
+    types = pa.types
+    if types.is_dictionary(kind):
+        return _bytes_type(kind.value_type)
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+        return pa.large_binary()
+    if types.is_struct(kind):
+        return pa.struct([(field.name, _bytes_type(field.type)) for field in kind])
+    if types.is_map(kind):
+        return pa.map_(_bytes_type(kind.key_type), _bytes_type(kind.item_type))
+    if types.is_fixed_size_list(kind):
+        return pa.list_(_bytes_type(kind.value_type), kind.list_size)
+    if any(test(kind) for test in (types.is_list, types.is_large_list, types.is_list_view)):
+        return pa.large_list(_bytes_type(kind.value_type))
+    return kind
 
 
 def _check_predictions(path: str, labeled: pa.Table, expected: Expected) -> Iterator[str]:

@@ -383,7 +383,7 @@ def test_columns_that_cannot_be_used_are_refused_by_file_and_remedy(draw_rows, b
         "lists": (rows.set_column(2, "caption", [[["a"]] * 3]), "'caption': a caption column holds text"),
         "twice": (
             rows.append_column("status", [["a"] * 3]).append_column("input_status", [["b"] * 3]),
-            "two input columns would share a name",
+            r"a\.parquet: columns 'status' and 'input_status' would share the name .*; rename one",
         ),
     }
     for name, (table, message) in cases.items():

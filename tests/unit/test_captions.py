@@ -1,11 +1,12 @@
 """Captions to token ids."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmray.captions import MAX_CHARACTERS, is_blank, load_tokenizer, tokenize, train_tokenizer
+from mmray.captions import MAX_CHARACTERS, caption_texts, is_blank, load_tokenizer, tokenize, train_tokenizer
 from mmray.errors import ConfigError
 
 CAPTIONS = [
@@ -19,8 +20,49 @@ CAPTIONS = [
 TOKENIZER = train_tokenizer(CAPTIONS * 3)
 
 
+# What web archives have for captions, and what tokens a sound neighbour of theirs must keep.
+HOSTILE = {
+    "100 kB of words": "the dog " * 12_500,
+    "100 kB in a word": "x" * 100_000,
+    "100 kB of accents": "a" + "\u0301" * 100_000,
+    "100 kB of Chinese": "\u4e2d" * 100_000,
+    "zeros": "\0" * 100,
+    "control characters": "".join(map(chr, range(32))) + "\x7f\x80\x9f\u2028\u202e\ufeff",
+    "half a pair": "a dog \ud83d",
+    "a pair in halves": "a dog \ud83e\udd93",
+    "special tokens": "[PAD] [MASK] [SEP] a dog [CLS]",
+    "no character": "\ufffe\uffff\U0010ffff",
+}
+
+
 def ids(captions, max_tokens=64, tokenizer=TOKENIZER):
     return tokenize(tokenizer, captions, max_tokens)[0].tolist()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.dictionary(pa.int32(), pa.string()),
+        pa.dictionary(pa.int8(), pa.large_string()),
+    ],
+    ids=str,
+)
+def test_bytes_that_are_not_utf8_are_replaced_and_the_other_captions_stay(kind):
+    spoilt = [b"caf\xe9", b"\xff\xfe", b"cut \xe4\xb8", b"\xed\xa0\xbd half a pair"]
+    column = pa.array([b"a dog", *spoilt, None, b"", "Stra\u00dfe \0".encode()], pa.binary())
+    column = column.view(pa.string()).cast(kind)
+    expected = ["caf\ufffd", "\ufffd\ufffd", "cut \ufffd", "\ufffd\ufffd\ufffd half a pair"]
+    expected = ["a dog", *expected, None, "", "Stra\u00dfe \0"]
+    assert caption_texts(column) == expected
+    assert caption_texts(pa.chunked_array([column, column[:1]])) == [*expected, "a dog"]
+    assert caption_texts(column[5:]) == expected[5:]
+
+
+def test_a_column_of_nothing_holds_no_captions():
+    assert caption_texts(pa.nulls(2)) == [None, None]
 
 
 @pytest.mark.parametrize("caption", [None, "", " ", "\t\r\n", "\u00a0\u2003"])
@@ -61,6 +103,33 @@ def test_a_caption_of_any_length_is_taken():
     assert ids(["x" * MAX_CHARACTERS * 100], 16) == ids(["x" * MAX_CHARACTERS], 16)
 
 
+@pytest.mark.parametrize("caption", HOSTILE.values(), ids=HOSTILE)
+def test_whatever_a_caption_holds_it_becomes_tokens_and_changes_no_neighbour(caption):
+    input_ids, mask = tokenize(TOKENIZER, ["a dog", caption, None], 12)
+    assert input_ids.shape == mask.shape and input_ids.shape[1] <= 12
+    assert [row[kept].tolist() for row, kept in zip(input_ids, mask.astype(bool), strict=True)] == [
+        *ids(["a dog"]),
+        *ids([caption], 12),
+        *ids([None]),
+    ]
+    assert (input_ids < len(TOKENIZER)).all()
+
+
+def test_halves_of_a_pair_are_as_good_as_whole_and_cost_only_themselves():
+    assert ids(["a \ud83d dog"]) == ids(["a \ufffd dog"])
+    assert ids(["a \ud83e\udd93"]) == ids(["a \U0001f993"])
+
+
+def test_words_behind_much_white_space_are_read():
+    assert ids([" \n" * MAX_CHARACTERS + "a dog"]) == ids(["a dog"])
+
+
+@pytest.mark.parametrize("caption", HOSTILE.values(), ids=HOSTILE)
+def test_whatever_a_caption_holds_it_may_train_a_tokenizer(caption):
+    tokenizer = train_tokenizer([*CAPTIONS, caption] * 2)
+    assert ids(["a dog"], tokenizer=tokenizer)[0][1:-1] == [tokenizer.vocab["a"], tokenizer.vocab["dog"]]
+
+
 def test_no_caption_is_an_empty_one():
     assert ids([None]) == ids([""]) == ids(["  "]) == [[TOKENIZER.cls_token_id, TOKENIZER.sep_token_id]]
 
@@ -79,7 +148,9 @@ def test_captions_that_say_nothing_still_train_a_tokenizer():
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.lists(st.none() | st.text(max_size=40), min_size=1, max_size=5), st.integers(4, 32))
+@given(
+    st.lists(st.none() | st.text(st.characters(), max_size=40), min_size=1, max_size=5), st.integers(4, 32)
+)
 def test_neighbours_never_change_the_ids_of_a_caption(captions, max_tokens):
     input_ids, mask = tokenize(TOKENIZER, captions, max_tokens)
     assert input_ids.shape[1] == mask.sum(1).max() <= max_tokens

@@ -1,8 +1,21 @@
 """Errors on their way between processes, as text; and what no text may hold: credentials, the endpoint."""
 
+import pickle
+
 import pytest
 
-from mmray.errors import BudgetError, BundleError, DataError, MmrayError, from_json, redact, to_json
+from mmray.errors import (
+    BudgetError,
+    BundleError,
+    DataError,
+    MmrayError,
+    find_error,
+    from_json,
+    redact,
+    to_json,
+)
+from mmray.schema import Status
+from mmray.uris import UnfetchedError
 
 SECRET = "wJalrXUtnFEMI/K7MDENG"
 
@@ -62,3 +75,20 @@ def test_any_other_error_keeps_its_kind_and_its_text_in_one_line():
     error = from_json(to_json(ConnectionResetError(104, "reset\nby peer")))
     assert type(error) is RuntimeError
     assert str(error) == "ConnectionResetError: [Errno 104] reset by peer"
+
+
+def test_a_text_is_one_line_that_no_terminal_obeys_whatever_a_file_is_called():
+    error = DataError("/rows/a\n\x1b[2J\udce9 \u202eé%20.parquet: no column 'x'")
+    assert str(error) == r"/rows/a\n\x1b[2J\udce9 \u202eé%20.parquet: no column 'x'"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert str(from_json(to_json(error))) == str(error)
+
+
+def test_what_ray_data_puts_behind_a_text_is_cut_off_on_the_way_to_the_user():
+    error = UnfetchedError("a\nb", Status.NO_IMAGE)
+    error.args = (f"{error.args[0]}\nTo change retry attempts, configure",)
+    came = pickle.loads(pickle.dumps(error))
+    assert came.status is Status.NO_IMAGE
+    wrapped = RuntimeError("a task failed")
+    wrapped.__cause__ = came
+    assert str(find_error(wrapped)) == r"a\nb"

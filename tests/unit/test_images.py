@@ -93,6 +93,35 @@ def test_a_gradient_of_16_bits_keeps_its_tones(kind):
     assert np.abs(pixels[128, :, 0].astype(int) - np.arange(256)).max() <= 1
 
 
+@pytest.mark.parametrize("colour_type", [2, 6])
+def test_colours_of_16_bits_keep_their_tones(colour_type):
+    tones = np.linspace(0, 65535, 64).astype(">u2")
+    rows = np.full((64, 64, 4), 65535, ">u2")
+    rows[..., 0], rows[..., 1] = tones, tones[::-1]
+    rows = rows if colour_type == 6 else rows[..., :3]
+    scanlines = b"".join(b"\0" + row.tobytes() for row in rows)
+    pixels = decode_image(png(64, 64, scanlines, depth=16, colour_type=colour_type), 64)
+    expected = np.stack([tones // 257, tones[::-1] // 257, np.full(64, 255)], 1)
+    assert np.abs(pixels[32].astype(int) - expected.astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("GIF", {}),
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("TIFF", {}),
+        pytest.param("AVIF", {}, marks=pytest.mark.skipif("AVIF" not in FORMATS, reason="no AVIF here")),
+    ],
+)
+def test_of_an_animation_the_first_picture_is_shown(kind, settings):
+    first, *others = (Image.new("RGB", (40, 20), colour) for colour in ("red", "lime", "blue"))
+    data = encoded(first, kind, save_all=True, append_images=others, **settings)
+    assert getattr(Image.open(io.BytesIO(data)), "n_frames", 1) == 3
+    assert close(decode_image(data, 8), np.full((8, 8, 3), (255, 0, 0)), 2)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_orientation_gives_the_same_upright_picture(orientation, kind):
@@ -146,23 +175,42 @@ def test_a_large_jpeg_gives_what_its_exact_copy_gives():
     assert close(reduced, exact, 2)
 
 
-def png_header(width, height):
-    """Give the start of a PNG that claims a size and holds next to nothing."""
+def chunk(kind, data):
+    """Give a part of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+def png(width, height, scanlines, *, depth=8, colour_type=2):
+    """Give a PNG of these scanlines, however many the header promises."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
     start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-    return start + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    return start + chunk(b"IDAT", zlib.compress(scanlines)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("side", [9_460, 10_000, 60_000, 2**31 - 1])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_an_image_above_the_limit_is_refused_by_its_header(side):
     assert side * side > MAX_PIXELS
-    with pytest.raises(DataError, match=r"limit|DecompressionBomb"):
-        decode_image(png_header(side, side), 16)
+    with pytest.raises(DataError, match=f"limit of {MAX_PIXELS}"):
+        decode_image(png(side, side, b"\0"), 16)
+
+
+def test_a_picture_of_20000_by_20000_pixels_is_refused_and_one_within_the_limit_is_not():
+    def bomb(side):
+        return png(side, side, bytes((1 + side // 8) * side), depth=1, colour_type=0)
+
+    data = bomb(20_000)
+    assert len(data) < 100_000  # and would be 1.2 GB of pixels
+    with pytest.raises(DataError, match=f"limit of {MAX_PIXELS}"):
+        decode_image(data, 16)
+    assert not decode_image(bomb(8_000), 16).any()
+
+
+def test_text_that_is_packed_a_thousandfold_into_an_image_is_refused():
+    whole = encoded(scene())
+    bomb = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100 << 20)))
+    with pytest.raises(DataError, match="image cannot be decoded"):
+        decode_image(whole[:33] + bomb + whole[33:], 16)
 
 
 def damaged():
@@ -173,7 +221,8 @@ def damaged():
         "text": b"<html>404 not found</html>",
         "zeros": bytes(1000),
         "a JPEG without its end": jpeg[:-40],
-        "a PNG without an image": png_header(16, 16),
+        "a PNG without an image": png(16, 16, b"\0"),
+        "a PNG without pixels": png(0, 16, b""),
         **{f"half a {kind}": (data := encoded(scene(), kind))[: len(data) // 2] for kind in FORMATS},
     }
 

@@ -1,20 +1,23 @@
 """Labels of encoded images and captions: statuses, errors, neighbours, decisions."""
 
 import io
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from mmray.bundle import save_bundle, tokenizer_files
-from mmray.captions import train_tokenizer
+from mmray.captions import tokenize, train_tokenizer
 from mmray.config import FUSIONS, ModelConfig
 from mmray.decisions import decide
 from mmray.errors import BundleError, ConfigError
 from mmray.images import decode_image
-from mmray.labeler import Labeler, make_inputs
+from mmray.labeler import Labeler, decode_row, make_inputs
 from mmray.model import build_model, describe_encoder
 from mmray.schema import Status, Vocabulary
 from mmray.storage import Folder
@@ -38,22 +41,23 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def image(seed):
+def image(seed, kind="PNG"):
     """Give an encoded image that no other seed gives."""
     pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).resize((40, 30)).save(buffer, "PNG")
+    Image.fromarray(pixels).resize((40, 30)).save(buffer, kind)
     return buffer.getvalue()
 
 
 IMAGES = [image(seed) for seed in range(4)]
+JPEG = image(4, "JPEG")
+TOKENIZER = train_tokenizer(CAPTIONS * 2)
 TEXT = b"<html>404 not found</html>"
 
 
 @pytest.fixture(scope="module")
 def labelers(tmp_path_factory):
     """Give one tiny labeler for each fusion."""
-    tokenizer = train_tokenizer(CAPTIONS * 2)
     made = {}
     for fusion in FUSIONS:
         torch.manual_seed(0)
@@ -66,14 +70,14 @@ def labelers(tmp_path_factory):
             num_heads=2,
             pretrained=False,
         )
-        text_config = describe_encoder(config, len(tokenizer))
+        text_config = describe_encoder(config, len(TOKENIZER))
         bundle = save_bundle(
             Folder(str(tmp_path_factory.mktemp(fusion))),
             model_config=config,
             text_config=text_config,
             vocabulary=Vocabulary(LABELS),
             thresholds=np.full(len(LABELS), 0.5),
-            tokenizer_files=tokenizer_files(tokenizer),
+            tokenizer_files=tokenizer_files(TOKENIZER),
             weights=build_model(config, len(LABELS), text_config).state_dict(),
             metrics={},
             card="",
@@ -150,6 +154,55 @@ def test_a_bad_row_does_not_disturb_its_neighbours(labelers, fusion):
     mixed = labelers[fusion]([IMAGES[0], TEXT, None, IMAGES[1]], [CAPTIONS[0], None, "", CAPTIONS[1]])
     assert np.allclose(mixed.scores[[0, 3]], good.scores, atol=1e-5)
     assert [mixed.statuses[0], mixed.statuses[3]] == good.statuses == [OK, OK]
+
+
+@st.composite
+def images_of_any_kind(draw):
+    """Give None, random bytes, or an image of which bytes are changed, cut off and added."""
+    data = draw(st.none() | st.binary(max_size=40) | st.sampled_from([JPEG, IMAGES[1]]))
+    if not data:
+        return data
+    changed = bytearray(data)
+    places = st.dictionaries(st.integers(0, len(data) - 1), st.integers(0, 255), max_size=12)
+    for place, value in draw(places).items():
+        changed[place] = value
+    end = draw(st.integers(0, len(data)) | st.just(len(data)))
+    return bytes(changed[:end]) + draw(st.binary(max_size=8))
+
+
+CAPTIONS_OF_ANY_KIND = (
+    st.none() | st.text(st.characters(), max_size=40) | st.text(" \t\0\x1b\ud83d", max_size=4)
+)
+
+
+@settings(deadline=None, max_examples=400)
+@given(images_of_any_kind(), CAPTIONS_OF_ANY_KIND, st.sampled_from(FUSIONS))
+def test_whatever_a_row_holds_it_ends_in_a_status_with_its_reason(image, caption, fusion):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        row = decode_row(image, caption, fusion, SIZE_PX)
+    assert row.pixels is None or (row.pixels.shape, row.pixels.dtype) == ((SIZE_PX, SIZE_PX, 3), np.uint8)
+    assert row.caption in (None, caption)
+    no_image = fusion != "text" and row.pixels is None
+    no_caption = fusion != "image" and row.caption is None
+    nothing = row.pixels is None and row.caption is None
+    bad = NO_IMAGE if image is None else BAD_IMAGE
+    assert row.status == (FAILED if nothing else bad if no_image else NO_CAPTION if no_caption else OK)
+    assert (row.error is None) == (row.status is OK)
+    reasons = ["image"] * no_image + ["caption"] * no_caption
+    assert [part.split()[0] for part in (row.error or "").split("; ") if part][: len(reasons)] == reasons
+    assert (row.error or "").isprintable()
+    tokenize(TOKENIZER, [row.caption], 12)
+
+
+def test_captions_that_no_tokenizer_takes_as_they_are_are_labeled_and_disturb_no_neighbour(labelers):
+    labeler = labelers["cross-attention"]
+    good = labeler(IMAGES[:2], CAPTIONS[:2])
+    hostile = ["half a pair \ud83d", "\0\x1b[2J\x7f", "x" * 100_000]
+    mixed = labeler([IMAGES[0], *[IMAGES[3]] * len(hostile), IMAGES[1]], [CAPTIONS[0], *hostile, CAPTIONS[1]])
+    assert mixed.statuses == [OK] * len(mixed.statuses)
+    assert np.isfinite(mixed.scores).all()
+    assert np.allclose(mixed.scores[[0, -1]], good.scores, atol=1e-5)
 
 
 def test_scores_are_those_of_the_model(labelers):

@@ -1,8 +1,10 @@
 """Footers, cuts into shards, and reading them: every row once, in its own types, whatever the layout."""
 
 import io
+import os
+import re
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from unittest.mock import patch
 
 import numpy as np
@@ -30,7 +32,7 @@ from mmray.storage import Folder
 
 SMALL = st.tuples(st.integers(1, 400), st.integers(0, 60 << 20))
 ANY = st.tuples(st.integers(1, 12_000), st.integers(0, 3 << 30))
-EMPTY = st.just((0, 0))
+EMPTY = st.tuples(st.just(0), st.sampled_from([0, 1 << 30]))
 ROW_GROUPS = st.lists(SMALL | ANY | EMPTY, max_size=30)
 
 light = settings(deadline=None, max_examples=200)
@@ -255,7 +257,7 @@ def test_a_damaged_footer_is_a_data_error_of_one_line_or_is_read(tmp_path_factor
     folder = Folder(str(tmp_path_factory.mktemp("rows")))
     folder.publish("a.parquet", bytes(content))
     try:
-        read_footer(folder, "a.parquet", len(content))
+        describe_files(folder, {"a.parquet": len(content)}, "image")
     except DataError as error:
         assert "a.parquet: the Parquet footer is damaged" in str(error) and "\n" not in str(error)
 
@@ -275,6 +277,49 @@ def test_what_is_no_parquet_is_refused_by_path(folder):
     folder.publish("a.parquet", b"image,caption\n" * 1000)
     with pytest.raises(DataError, match=r"a\.parquet: no Parquet footer; the file is damaged or of another"):
         describe_files(folder, folder.list(), "image")
+
+
+def test_an_encrypted_footer_is_refused_as_such(folder):
+    folder.publish("a.parquet", b"PARE" + bytes(100) + (50).to_bytes(4, "little") + b"PARE")
+    with pytest.raises(
+        DataError, match=r"a\.parquet: its Parquet footer is encrypted; write the file in plain"
+    ):
+        describe_files(folder, folder.list(), "image")
+
+
+@pytest.mark.parametrize("names", [["image", "image"], ["image", "a", "a"], ["image", DAMAGE]])
+def test_column_names_that_stand_for_two_things_are_refused(folder, names):
+    target = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays([pa.array([b"1"])] * len(names), names), target)
+    folder.publish("a.parquet", target.getvalue())
+    with pytest.raises(DataError, match=rf"a\.parquet: .*column .*'{names[-1]}'.*; rename"):
+        describe_files(folder, folder.list(), "image")
+
+
+def test_a_footer_that_contradicts_itself_is_damaged(folder):
+    """Rows of the file are one varint of the footer, those of its row group another."""
+    target = io.BytesIO()
+    pq.write_table(make_table(50), target)
+    content = bytearray(target.getvalue())
+    length = int.from_bytes(content[-8:-4], "little")
+    damaged = 0
+    for place in range(len(content) - 8 - length, len(content) - 8):
+        if content[place] == 2 * 50:  # zigzag
+            changed = bytearray(content)
+            changed[place] = 2 * 40
+            folder.publish("a.parquet", bytes(changed))
+            try:
+                ((file, _),) = describe_files(folder, folder.list(), "image")
+                assert file.num_rows == 50
+            except DataError as error:
+                assert re.search(r"a\.parquet: the Parquet footer is damaged \(.* rows, and row", str(error))
+                damaged += 1
+    assert damaged == 2
+
+
+def test_a_row_group_of_no_rows_that_claims_bytes_becomes_no_shard():
+    assert cut_shards([(0, 1 << 40), (10, 0), (0, 1 << 40)])[0][0] == 0
+    assert [*chain(*(pairwise(unit) for unit in cut_shards([(0, 1 << 40), (10, 0)])))] == [(0, 10)]
 
 
 def test_a_footer_length_beyond_the_file_is_refused(folder):
@@ -332,6 +377,49 @@ def test_a_folder_may_be_called_like_a_file(folder):
     found, files = find_files(f"{folder}/rows.parquet")
     assert found == folder / "rows.parquet"
     assert files == {"part-0.parquet": 3}
+
+
+NAMES = [
+    " a b ",
+    "100%25",
+    "k=v",
+    "a\nb",
+    "?x#y",
+    "\u00e9\u0301 \u202e",
+    "[*]",
+    "'\"\\",
+    "a:b@c",
+    "~",
+    "a\x1b[2J",
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_files_and_folders_may_have_any_name_that_is_text(folder, name):
+    table = make_table(10)
+    file = write(folder, f"{name}/{name}.parquet", table, [10])
+    inside = Folder(folder.uri) / name
+    for found in (find_files(folder.uri), find_files(inside.uri), find_files(f"{inside}/{name}.parquet")):
+        ((described, _),) = describe_files(*found, "image")
+        assert replace(described, path=file.path) == file
+        assert found[0].read(described.path) == folder.read(file.path)
+    ((_, _, rows),) = read_units(folder, file, file.units)
+    assert rows["row"].to_pylist() == list(range(10))
+    folder.publish(file.path, b"no Parquet")
+    with pytest.raises(DataError, match="no Parquet footer") as caught:
+        describe_files(folder, folder.list(), "image")
+    assert str(caught.value).isprintable()
+
+
+def test_a_file_whose_name_is_no_text_is_refused_in_one_line(folder):
+    folder.publish("a.parquet", b"123")
+    try:
+        os.rename(folder.path("a.parquet"), folder.path("b.parquet").encode() + b"\xe9.parquet")
+    except OSError:
+        pytest.skip("the disk takes no such names")
+    with pytest.raises(DataError, match=r"the name of a file in it is not UTF-8 .*; rename it") as caught:
+        find_files(folder.uri)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("path", ["", "/nothing", "/a.parquet", "/b.csv"])

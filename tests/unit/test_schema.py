@@ -16,6 +16,7 @@ from mmray.schema import (
     passthrough_names,
     prediction_fields,
     require_columns,
+    require_kinds,
 )
 
 light = settings(deadline=None, max_examples=100)
@@ -70,10 +71,11 @@ def test_list_types_of_other_widths_encode_alike():
     [
         (DIGITS, pa.array([[1], [2, 90]]), "90"),
         (DIGITS, pa.array([["whale"]]), "whale"),
-        (DIGITS, pa.array([[1, None]]), "None"),
+        (DIGITS, pa.array([[1, None]]), "null"),
         (DIGITS, pa.array([1, 2]), "int64"),
         (WORDS, pa.array([["cat", "whale"]]), "whale"),
         (WORDS, pa.array([[7]]), "7"),
+        (WORDS, pa.array([[b"caf\xe9"]]).view(pa.list_(pa.string())), "caf\ufffd"),
     ],
 )
 def test_a_label_outside_the_vocabulary_is_refused_by_name(vocabulary, rows, named):
@@ -156,7 +158,7 @@ def test_an_input_column_named_as_a_prediction_moves_aside():
 
 
 def test_a_column_that_has_no_place_to_move_to_is_refused():
-    with pytest.raises(DataError, match="input_scores"):
+    with pytest.raises(DataError, match=r"'scores' and 'input_scores' would share the name .*; rename one"):
         passthrough_names(pa.schema([("scores", pa.int8()), ("input_scores", pa.int8())]), "image")
 
 
@@ -169,11 +171,40 @@ def test_a_missing_column_is_named_with_its_option_and_what_there_is_instead():
         )
 
 
-@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])
 def test_images_are_taken_from_binary_columns(kind):
     images = [b"one", None, b""]
     column = pa.array(images, kind)
     assert image_bytes(column) == image_bytes(pa.chunked_array([column])) == images
+
+
+def test_a_column_of_nothing_holds_no_images():
+    assert image_bytes(pa.nulls(2)) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("image", "caption", "message"),
+    [
+        (pa.list_(pa.binary()), pa.string(), r"a\.parquet: column 'image': .* encoded bytes .*, not list"),
+        (pa.struct([("bytes", pa.list_(pa.binary()))]), pa.string(), r"'image': .*, not list"),
+        (pa.dictionary(pa.int32(), pa.binary()), pa.string(), r"'image': .*, not dictionary"),
+        (pa.map_(pa.string(), pa.binary()), pa.string(), r"'image': .*, not map"),
+        (pa.binary(), pa.list_(pa.string()), r"a\.parquet: column 'caption': .* holds text, not list"),
+        (pa.binary(), pa.binary(), "'caption': .* holds text, not binary"),
+        (pa.binary(), pa.int64(), "'caption': .* holds text, not int64"),
+        (pa.binary(), pa.dictionary(pa.int32(), pa.int64()), "'caption': .* holds text, not dictionary"),
+    ],
+)
+def test_a_column_of_a_type_that_cannot_be_used_is_named_with_its_file_and_type(image, caption, message):
+    with pytest.raises(DataError, match=message):
+        require_kinds(pa.schema([("image", image), ("caption", caption)]), "image", "caption", "a.parquet")
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string()), pa.null()]
+)
+def test_captions_may_be_text_of_any_layout_or_null_throughout(kind):
+    require_kinds(pa.schema([("image", pa.null()), ("caption", kind)]), "image", "caption", "a.parquet")
 
 
 def test_images_are_taken_from_the_hugging_face_layout():

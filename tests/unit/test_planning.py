@@ -1,0 +1,107 @@
+"""Plans of labeling jobs: inputs of any number of files, and inputs that cannot be used."""
+
+import io
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmray.bundle import Bundle
+from mmray.config import Columns, LabelConfig
+from mmray.errors import DataError
+from mmray.parquet import find_files
+from mmray.plan import Plan, find_work
+from mmray.planning import plan_labeling
+from mmray.storage import Folder
+
+
+def encoded(table):
+    target = io.BytesIO()
+    pq.write_table(table, target)
+    return target.getvalue()
+
+
+def plan(source, output, bundle_uri, **settings):
+    folder, files = find_files(str(source))
+    config = LabelConfig(precision="fp32", **settings)
+    return plan_labeling(folder, files, Bundle.load(bundle_uri), Folder(str(output)), Columns(), config)
+
+
+def test_ten_thousand_tiny_files_are_planned_each_with_its_row(draw_rows, bundle_uri, tmp_path):
+    data = encoded(draw_rows(1))
+    for number in range(10_000):
+        folder = tmp_path / "rows" / f"day={number % 100:02}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:05}.parquet").write_bytes(data)
+    made = plan(tmp_path / "rows", tmp_path / "out", bundle_uri)
+    assert (len(made.files), made.num_rows, made.num_shards) == (10_000, 10_000, 10_000)
+    output = Folder(str(tmp_path / "out"))
+    assert Plan.load(output) == made
+    assert find_work(output, made).num_pending == 10_000
+    for file in made.files[::2]:
+        target = tmp_path / "out" / file.path
+        target.parent.mkdir(exist_ok=True)
+        target.touch()
+    assert [file for file, _ in find_work(output, made).pending] == list(made.files[1::2])
+
+
+def twins(rows):
+    names = [name if name != "labels" else "caption" for name in rows.column_names]
+    return encoded(rows.rename_columns(names))
+
+
+UNUSABLE = {
+    "no columns": (
+        lambda rows: encoded(pa.table({})),
+        r"no column 'image'; there are none\..*--image-column",
+    ),
+    "no image column": (
+        lambda rows: encoded(rows.drop_columns("image")),
+        "no column 'image'.*--image-column",
+    ),
+    "no caption column": (
+        lambda rows: encoded(rows.drop_columns("caption")),
+        "no column 'caption'; there are image_id, image, labels. Name the right one with --caption-column",
+    ),
+    "nested images": (
+        lambda rows: encoded(rows.set_column(1, "image", [[[image] for image in rows["image"].to_pylist()]])),
+        "column 'image': an image column holds encoded bytes",
+    ),
+    "numbers for captions": (
+        lambda rows: encoded(rows.set_column(2, "caption", [range(rows.num_rows)])),
+        "column 'caption': a caption column holds text, not int64",
+    ),
+    "two columns of a name": (twins, "more than one column is called 'caption'; rename all but one"),
+    "no Parquet": (lambda rows: b"image,caption\n" * 99, "no Parquet footer.*--skip-unreadable-files"),
+    "nothing": (lambda rows: b"", "no Parquet footer"),
+    "cut short": (lambda rows: encoded(rows)[:-9], "no Parquet footer"),
+    "damaged footer": (
+        lambda rows: encoded(rows)[:-300] + bytes(292) + encoded(rows)[-8:],
+        "footer is damaged",
+    ),
+    "encrypted footer": (lambda rows: encoded(rows)[:-4] + b"PARE", "footer is encrypted"),
+}
+
+
+@pytest.mark.parametrize("harm", UNUSABLE)
+def test_a_file_that_cannot_be_used_is_refused_in_one_line_before_anything_is_written(
+    draw_rows, bundle_uri, tmp_path, harm
+):
+    spoil, message = UNUSABLE[harm]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.parquet").write_bytes(encoded(draw_rows(3)))
+    (tmp_path / "rows" / "b.parquet").write_bytes(spoil(draw_rows(3)))
+    with pytest.raises(DataError, match=rf"^{tmp_path}/rows/b\.parquet: .*{message}") as caught:
+        plan(tmp_path / "rows", tmp_path / "out", bundle_uri)
+    assert str(caught.value).isprintable()
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_cannot_be_read_are_left_out_if_that_is_asked_for(draw_rows, bundle_uri, tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.parquet").write_bytes(encoded(draw_rows(3)))
+    for harm in ("no Parquet", "damaged footer", "encrypted footer", "two columns of a name"):
+        (tmp_path / "rows" / f"{harm}.parquet").write_bytes(UNUSABLE[harm][0](draw_rows(3)))
+    made = plan(tmp_path / "rows", tmp_path / "out", bundle_uri, skip_unreadable_files=True)
+    assert [file.path for file in made.files] == ["a.parquet"]
+    assert len(made.skipped) == 4
