@@ -69,7 +69,17 @@ def _commit(committer: Committer, parcel: Parcel) -> dict[str, Any]:
         return outcome | {"error": errors.to_json(error)}
 
 
-@ray.remote(num_cpus=0.25)
+# Half a CPU, not less: each task at a time is a worker to be started, which takes two seconds of a CPU.
+@ray.remote(num_cpus=0.5)
+def describe(committer: Committer, files_json: list[str]) -> tuple[list[FileRecord], str | None]:
+    """Read back files that an earlier run completed; gives their records, or an error as JSON."""
+    try:
+        return [committer.describe(DataFile.from_json(file)) for file in files_json], None
+    except Exception as error:
+        return [], errors.to_json(error)
+
+
+@ray.remote(num_cpus=0.5)
 def _join(committer: Committer, file_json: str) -> tuple[str | None, str | None]:
     try:
         record = committer.join(DataFile.from_json(file_json))
@@ -107,8 +117,6 @@ class Tally:
         self.errors.clear()
         self._files = {file.path: file for file, _ in work.pending}
         self._missing = Counter(shard.path for shard in work.shards())
-        for file in work.unjoined:
-            self._start_join(file)
         for outcome in outcomes:
             lease.check()
             self._add(outcome)
@@ -116,6 +124,9 @@ class Tally:
             if progress:
                 failed = self.counts[Status.FAILED]
                 progress.update(sum(self.counts.values()), shards=len(self.shards), failed=failed)
+        # Last, by workers that are there: at first theirs would start beside the model's, and hold that up.
+        for file in work.unjoined:
+            self._start_join(file)
         self._finish_joins(wait=True)
         self.records.publish()
 

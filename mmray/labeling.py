@@ -2,45 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-import ray.data
+import ray
 
 from mmray import errors
 from mmray.bundle import Bundle
-from mmray.committing import Tally, commit_shards
+from mmray.committing import Tally, commit_shards, describe
 from mmray.config import Columns, ComputeConfig, LabelConfig
 from mmray.errors import OutputError
 from mmray.lease import Lease
-from mmray.parquet import DataFile, find_files
+from mmray.parquet import find_files
 from mmray.plan import Plan, Work, find_work
 from mmray.planning import plan_labeling
 from mmray.progress import Progress
 from mmray.scoring import Pool, Scorer, score_shards, streaming
-from mmray.shards import (
-    Committer,
-    FileRecord,
-    Records,
-    finish,
-    finished_manifest,
-)
+from mmray.shards import Committer, Records, count_rows, finish, finished_manifest
 from mmray.storage import Folder
 
 log = logging.getLogger(__name__)
 
 GRACE_S = 10.0
 """Time for commits that are under way when the job is told to end."""
+
+TASKS_PER_CPU = 8
+"""In which files are read back: a task for each of many small files would take longer than the files."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +141,7 @@ def label_planned(
         OutputError: another job has taken the output over, or a file in it is not this job's.
     """
     committer, records = Committer(output, plan.fingerprint), Records(output)
-    records.forget(file.path for file, _ in work.pending)
+    records.forget(work.paths)
     tally = Tally(plan, committer, records, scorer.config.max_failed_fraction)
     with ending_gently(), _shown(work.num_rows, progress) as line:
         for last in (False, True):
@@ -158,13 +153,16 @@ def label_planned(
                 scored = score_shards(folder, work, scorer)
                 with closing(commit_shards(scored, committer)) as outcomes:
                     tally.run(outcomes if work.pending else (), work, lease, line)
+            if work.paths <= records.found.keys():  # a listing would only say so again, page after page
+                break
             work = find_work(output, plan)
     if tally.errors:
         raise tally.errors[0]
     read_back(committer, plan, records)
-    tally.check_budget(sum((Counter(records.found[file.path].counts) for file in plan.files), Counter()))
+    finished = [records.found[file.path] for file in plan.files]
+    tally.check_budget(count_rows(finished))
     lease.check()
-    return finish(output, plan, [records.found[file.path] for file in plan.files], versions())
+    return finish(output, plan, finished, versions())
 
 
 def read_back(committer: Committer, plan: Plan, records: Records) -> None:
@@ -173,20 +171,15 @@ def read_back(committer: Committer, plan: Plan, records: Records) -> None:
     Raises:
         OutputError: a file is not of this job.
     """
-
-    def describe(row: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return {"record": json.dumps(committer.describe(DataFile.from_json(row["item"]))._asdict())}
-        except Exception as error:
-            return {"error": errors.to_json(error)}
-
     missing = [file.to_json() for file in plan.files if file.path not in records.found]
-    if not missing:
-        return
-    for row in ray.data.from_items(missing).map(describe, num_cpus=0.5).iter_rows():
-        if row.get("error"):
-            raise errors.from_json(row["error"])
-        records.add(FileRecord(**json.loads(row["record"])))
+    num_tasks = min(len(missing), TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 0))))
+    tasks = [describe.remote(committer, missing[task::num_tasks]) for task in range(num_tasks)]
+    for task in tasks:
+        found, error = ray.get(task)
+        if error:
+            raise errors.from_json(error)
+        for record in found:
+            records.add(record)
 
 
 @contextmanager

@@ -95,9 +95,8 @@ class Plan:
                 )
             settings = record["settings"]
             skipped |= record["skipped"]
-            for row in table.to_pylist():
-                row["units"] = tuple(map(tuple, row["units"]))
-                files.append(DataFile(**row))
+            *columns, cuts = (table[name].to_pylist() for name in _PLAN_SCHEMA.names)
+            files += map(DataFile, *columns, (tuple(map(tuple, units)) for units in cuts))
         return cls(tuple(files), settings, len(paths), _without(skipped, files)) if paths else None
 
     def append(
@@ -193,6 +192,11 @@ class Work(NamedTuple):
     def __bool__(self) -> bool:
         """Whether there is anything to do."""
         return bool(self.pending or self.unjoined)
+
+    @property
+    def paths(self) -> set[str]:
+        """The files that the output lacks."""
+        return {file.path for file in (*(file for file, _ in self.pending), *self.unjoined)}
 
     def shards(self) -> Iterator[Shard]:
         """Give the shards that are not committed."""

@@ -169,39 +169,70 @@ class Records:
     def __init__(self, output: Folder) -> None:
         """Read what earlier runs have published."""
         self.output = output
-        self._unpublished: list[FileRecord] = []
-        self._parts = [f"{RECORDS}/{part}" for part in (output / RECORDS).list(".json")]
+        self._unpublished: list[str] = []
         self._manifest = output.read_json(MANIFEST)
-        listed = [*(self._manifest or {}).get("files", ())]
-        for part in self._parts:
-            listed += output.read_json(part) or ()
-        self.found = {record["path"]: FileRecord(**record) for record in listed}
+        self.found: dict[str, FileRecord] = {}
+        self._take((self._manifest or {}).get("files", ()))
+        parts = [f"{RECORDS}/{part}" for part in (output / RECORDS).list(".json")]
+        self._parts = {part: self._take(output.read_json(part) or ()) for part in parts}
+
+    def _take(self, listed: Iterable[dict[str, Any]]) -> list[str]:
+        """Take published records, and give their paths."""
+        found = {record["path"]: FileRecord(**record) for record in listed}
+        self.found |= found
+        return [*found]
 
     def add(self, record: FileRecord) -> None:
         """Take the record of a file that is done now."""
         self.found[record.path] = record
-        self._unpublished.append(record)
+        self._unpublished.append(record.path)
 
     def forget(self, paths: Iterable[str]) -> None:
         """Drop files that are to be labeled, on storage too; and the manifest, which is then incomplete."""
-        gone = [*paths]
+        gone = {*paths}
         if not gone or not (self._manifest or self.found.keys() & gone):
             return
-        before = [*self._parts, *([MANIFEST] if self._manifest else [])]
         self.found = {path: record for path, record in self.found.items() if path not in gone}
-        self._unpublished = list(self.found.values())
-        self.publish()
-        self.output.remove(before)
+        self._replace([*self._parts], [*self.found])
+        self.output.remove([MANIFEST] if self._manifest else [])
         self._manifest = None
 
     def publish(self) -> None:
-        """Publish what came since the last time."""
-        if self._unpublished:
-            number = 1 + max((int(Path(part).stem) for part in self._parts), default=-1)
-            self._parts.append(f"{RECORDS}/{number:08}.json")
-            lines = [record._asdict() for record in self._unpublished]
-            self.output.publish_json(self._parts[-1], lines)
-            self._unpublished = []
+        """Publish what came since the last time.
+
+        In one part with those before it that are not much larger. So however long a run takes, each part is
+        more than twice as large as the next, and who resumes reads some ten of them; a request each.
+        """
+        if not self._unpublished:
+            return
+        small: list[str] = []
+        paths = self._unpublished
+        for part, listed in reversed(self._parts.items()):
+            if len(listed) > 2 * len(paths):
+                break
+            small.append(part)
+            paths = listed + paths
+        self._replace(small, [*dict.fromkeys(paths)])
+
+    def _replace(self, parts: list[str], paths: list[str]) -> None:
+        """Publish the records of some files as one part, and remove others that it takes the place of."""
+        number = 1 + max((int(Path(part).stem) for part in self._parts), default=-1)
+        if paths:
+            part = f"{RECORDS}/{number:08}.json"
+            self.output.publish_json(part, [self.found[path]._asdict() for path in paths])
+            self._parts[part] = paths
+        self.output.remove(parts)
+        for part in parts:
+            del self._parts[part]
+        self._unpublished = []
+
+
+def count_rows(records: Iterable[FileRecord]) -> Counter[str]:
+    """Count the rows of some files by status."""
+    counts: Counter[str] = Counter()
+    for record in records:
+        counts.update(record.counts)
+    return counts
 
 
 def finished_manifest(output: Folder, plan: Plan) -> dict[str, Any] | None:
@@ -221,20 +252,17 @@ def finish(
         The manifest.
     """
     files = sorted(records)
-    totals: Counter[str] = Counter()
-    for record in files:
-        totals.update(record.counts)
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "fingerprint": plan.fingerprint,
         "settings": plan.settings,
         "versions": versions,
         "num_rows": plan.num_rows,
-        "counts": dict(sorted(totals.items())),
+        "counts": dict(sorted(count_rows(files).items())),
         "skipped": plan.skipped,
         "files": [record._asdict() for record in files],
     }
     output.publish_json(MANIFEST, manifest)
-    output.remove(path for path in output.list() if path.startswith((f"{PIECES}/", f"{RECORDS}/")))
+    output.remove(f"{place}/{path}" for place in (PIECES, RECORDS) for path in (output / place).list())
     output.publish(SUCCESS, b"")
     return manifest

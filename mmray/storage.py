@@ -148,14 +148,16 @@ class Folder:
         """
         with _translated(self.uri):
             if self.is_local:
-                found = self.filesystem.find(self.root, detail=True)
+                found = dict(_walk(self.root))
             else:  # by prefix: of an empty folder s3fs would ask HEAD
                 bucket, _, prefix = self.root.partition("/")
-                found = self.filesystem.find(bucket, prefix=f"{prefix}/" if prefix else "", detail=True)
+                prefix = f"{prefix}/" if prefix else ""
+                infos = self.filesystem.find(bucket, prefix=prefix, detail=True)
+                found = {path: info["size"] for path, info in infos.items()}
         start = len(self.root) + 1
         return {
-            path[start:]: info["size"]
-            for path, info in sorted(found.items())
+            path[start:]: size
+            for path, size in sorted(found.items())
             if path.startswith(self.root + "/") and path.endswith(suffix)
         }
 
@@ -533,6 +535,26 @@ def _create(path: str) -> BinaryIO:
             return open(path, "wb")
     os.makedirs(folder, exist_ok=True)
     return open(path, "wb")
+
+
+def _walk(folder: str) -> Iterator[tuple[str, int]]:
+    """Give the files below a folder of this machine, with their sizes; links to folders are not followed.
+
+    fsspec keeps so much of each that listing 100,000 took 1.7 s and 100 MB; this takes 0.8 s and 40 MB
+    (tests/peers/resume.py, 2026-11-24).
+    """
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk(entry.path)
+                continue
+            try:
+                size = entry.stat().st_size
+            except FileNotFoundError:
+                if not entry.is_symlink():  # a temporary file that has just got its name
+                    continue
+                size = 0  # what is linked to is gone, and who reads it will say so
+            yield entry.path, size
 
 
 def _prune(folder: Path, root: Path) -> None:

@@ -454,15 +454,43 @@ def test_records_of_done_files_outlive_a_run_as_far_as_it_published_them(output)
     second.add(FileRecord("3.parquet", 3, {"ok": 3}, 10, "sha"))
     second.publish()
     second.publish()
-    assert list((output / RECORDS).list()) == [f"{number:08}.json" for number in range(3)]
     assert Records(output).found == first.found
 
+    before = (output / RECORDS).list()
     second.forget(["elsewhere.parquet"])
-    assert len((output / RECORDS).list()) == 3
+    assert (output / RECORDS).list() == before
     second.forget(["1.parquet", "elsewhere.parquet"])
     left = {path: record for path, record in first.found.items() if path != "1.parquet"}
     assert second.found == Records(output).found == left
     assert len((output / RECORDS).list()) == 1
+
+
+@light
+@given(st.lists(st.integers(0, 40), max_size=60))
+def test_however_often_records_are_published_they_are_few_parts_to_read(tmp_path_factory, sizes):
+    output = Folder(str(tmp_path_factory.mktemp("output")))
+    records = Records(output)
+    for turn, size in enumerate(sizes):
+        for number in range(size):
+            records.add(FileRecord(f"{turn}-{number}.parquet", number, {"ok": number}, 10, "sha"))
+        records.publish()
+    assert Records(output).found == records.found
+    assert 2 ** len((output / RECORDS).list()) <= 2 * max(1, sum(sizes))
+
+
+@pytest.mark.parametrize("change", [Records.publish, lambda records: records.forget(["0.parquet"])])
+def test_a_job_that_dies_as_it_puts_records_together_loses_none(output, change):
+    class Deadly(Folder):
+        def remove(self, paths):
+            assert not [*paths], "died"
+
+    records = Records(Deadly(output.uri))
+    records.add(FileRecord("0.parquet", 0, {"ok": 0}, 10, "sha"))
+    records.publish()
+    records.add(FileRecord("1.parquet", 1, {"ok": 1}, 10, "sha"))
+    with pytest.raises(AssertionError, match="died"):
+        change(records)
+    assert records.found.items() <= Records(output).found.items()
 
 
 def test_an_extended_output_knows_its_files_from_the_manifest_and_drops_that(output):

@@ -52,6 +52,16 @@ def test_a_listing_shows_what_came_since_the_last(folder):
     assert folder.list() == {"b": 2}
 
 
+def test_links_to_files_are_listed_and_links_to_folders_are_not_followed(folder):
+    folder.publish("a/b", b"22")
+    root = Path(folder.uri)
+    for name, target in {"file": "a/b", "gone": "nowhere", "folder": "a", "circle": "."}.items():
+        (root / name).symlink_to(root / target)
+    listed = folder.list()
+    assert listed["file"] == 2 and listed["gone"] == 0
+    assert not [path for path in listed if path.startswith(("folder/", "circle/"))]
+
+
 def test_a_listing_leaves_out_folders_whose_names_begin_alike(folder):
     folder.publish("a", b"1")
     Folder(f"{folder.uri}-other").publish("b", b"1")
