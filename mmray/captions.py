@@ -1,4 +1,4 @@
-"""Captions: out of a column, and to token ids by the one tokenizer, trained here or loaded."""
+"""Captions to token ids: the one tokenizer, trained here or loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 
 from mmray.errors import ConfigError
 
@@ -28,27 +27,6 @@ SPECIAL_TOKENS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
-
-
-def caption_texts(column: pa.Array | pa.ChunkedArray) -> list[str | None]:
-    """Take the captions out of a column of text.
-
-    What is not UTF-8 in them, which Parquet does not check, is read as U+FFFD, and the caption is labeled
-    from the rest. Arrow itself would give out such a column as a whole or not at all.
-
-    Args:
-        column: strings of any layout, dictionaries of them, or null throughout; B rows.
-
-    Returns:
-        B captions, None where there is none.
-    """
-    captions: list[str | None]
-    try:
-        captions = column.to_pylist()
-    except UnicodeDecodeError:
-        texts = column.cast(pa.large_binary()).to_pylist()
-        captions = [text if text is None else text.decode("utf-8", "replace") for text in texts]
-    return captions
 
 
 def is_blank(caption: str | None) -> bool:

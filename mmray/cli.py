@@ -205,7 +205,7 @@ def _runtime_env() -> dict[str, Any] | None:
     node and shown by the dashboard and `ray list`. The function is held by the cluster's control store, where
     whoever may run jobs on the cluster could find it. Roles of the machines leave nothing to find.
     """
-    from mmray.storage import shared_environment
+    from mmray.stores import shared_environment
 
     variables = shared_environment()
     if not variables:

@@ -13,12 +13,12 @@ import ray.data
 from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from mmray.captions import caption_texts
+from mmray.columns import image_bytes, require_columns, require_kinds, text_values
 from mmray.config import Columns
 from mmray.errors import DataError
 from mmray.fetch import fetch_images
 from mmray.parquet import DataFile, Unit, describe_files, find_files, read_units
-from mmray.schema import Label, Vocabulary, image_bytes, require_columns, require_kinds
+from mmray.schema import Label, Vocabulary
 from mmray.storage import Folder
 
 
@@ -154,7 +154,7 @@ def sample_captions(rows: Rows, limit: int) -> list[str]:
     """Give the captions of the first `limit` rows that have one."""
     captions: list[str] = []
     for batch in rows.dataset(["caption"]).iter_batches(batch_size=None, batch_format="pyarrow"):
-        captions += [caption for caption in caption_texts(batch["caption"]) if caption]
+        captions += [caption for caption in text_values(batch["caption"]) if caption]
         if len(captions) >= limit:
             break
     return captions[:limit]

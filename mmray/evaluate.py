@@ -15,6 +15,7 @@ import ray.data
 from rich.table import Table
 
 from mmray.bundle import Bundle
+from mmray.columns import refuse_pickles, require_columns
 from mmray.config import Columns, ComputeConfig, LabelConfig, ScoringConfig, make
 from mmray.datasets import Rows
 from mmray.decisions import decide
@@ -23,7 +24,7 @@ from mmray.metrics import Counts
 from mmray.parcels import unpack
 from mmray.parquet import DataFile, read_footer, read_units
 from mmray.plan import Plan, Work
-from mmray.schema import Vocabulary, output_name, refuse_pickles, require_columns
+from mmray.schema import Vocabulary, output_name
 from mmray.scoring import Pool, Scorer, score_shards, streaming
 from mmray.storage import Folder
 

@@ -24,9 +24,11 @@ from urllib.parse import urljoin
 import pyarrow as pa
 import urllib3
 
+from mmray.columns import holds_uris, image_bytes, text_values
 from mmray.errors import DataError, StorageError
-from mmray.schema import Status, holds_uris, image_bytes
-from mmray.storage import ATTEMPTS, CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Folder
+from mmray.schema import Status
+from mmray.storage import Folder
+from mmray.stores import ATTEMPTS, CONNECT_TIMEOUT_S, READ_TIMEOUT_S
 from mmray.uris import Prefixes, UnfetchedError, Uri, find_address
 
 MAX_IMAGE_BYTES = 32 << 20
@@ -73,7 +75,7 @@ class Fetcher:
             cannot be had. All three are null where there is no URI.
         """
         with ThreadPoolExecutor(FETCHES_AT_ONCE, "fetch") as threads:
-            return pa.array(threads.map(self._entry, uris.to_pylist()), _FETCHED)
+            return pa.array(threads.map(self._entry, text_values(uris)), _FETCHED)
 
     def _entry(self, uri: str | None) -> dict[str, Any]:
         try:

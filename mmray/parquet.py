@@ -21,10 +21,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmray.columns import holds_uris, refuse_pickles
 from mmray.errors import DataError
 from mmray.faults import moment
 from mmray.rowgroups import DAMAGE, RowGroups
-from mmray.schema import holds_uris, refuse_pickles
 from mmray.storage import Folder, visible
 
 MAX_SHARD_ROWS = 1000

@@ -9,13 +9,14 @@ from typing import Any
 import pyarrow as pa
 
 from mmray.bundle import Bundle
+from mmray.columns import require_columns, require_kinds
 from mmray.config import Columns, LabelConfig
 from mmray.errors import DataError, OutputError
 from mmray.images import DECODER
 from mmray.parquet import MAX_SHARD_BYTES, MAX_SHARD_ROWS, describe_files
 from mmray.plan import Plan, cut_to
 from mmray.retry import identify, require_same_files
-from mmray.schema import passthrough_names, require_columns, require_kinds
+from mmray.schema import passthrough_names
 from mmray.shards import SUCCESS
 from mmray.storage import Folder, visible
 

@@ -8,8 +8,8 @@ from typing import BinaryIO, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmray.columns import refuse_pickles
 from mmray.errors import DataError
-from mmray.schema import refuse_pickles
 from mmray.storage import Folder
 
 READ_BUFFER_BYTES = 8 << 20

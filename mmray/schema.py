@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,9 +36,6 @@ class Status(StrEnum):
 
 REJECTED = (Status.FAILED, Status.BAD_IMAGE)
 """Statuses that `_mmray/rejected/` lists: somebody should look at these rows."""
-
-PICKLES = "ray.data.arrow_pickled_object"
-"""Name of Ray Data's Arrow type whose values are pickles."""
 
 PREDICTION_COLUMNS = ("predicted_labels", "scores", "status", "error", "model")
 
@@ -222,101 +218,3 @@ def prediction_fields(vocabulary: Vocabulary, kept: KeptScores) -> list[pa.Field
 def _element(kind: pa.DataType) -> pa.Field:
     """Call a list's elements what they are called once read back, so that joined files are as the others."""
     return pa.field("element", kind)
-
-
-def require_columns(schema: pa.Schema, columns: dict[str, str], where: str) -> None:
-    """Check that columns are there.
-
-    Args:
-        schema: of the file.
-        columns: option -> column name, such as {"--image-column": "image"}.
-        where: the file, for the message.
-
-    Raises:
-        DataError: a column is missing; says which option names it and what there is instead.
-    """
-    for option, name in columns.items():
-        if name not in schema.names:
-            raise DataError(
-                f"{where}: no column {name!r}; there are {', '.join(schema.names) or 'none'}. "
-                f"Name the right one with {option}"
-            )
-
-
-def refuse_pickles(schema: pa.Schema, where: str) -> None:
-    """Refuse columns of Python objects, as Ray Data writes them: to look at a value would run its code.
-
-    Raises:
-        DataError: there is one; names the file and the column.
-    """
-    for field in schema:
-        if _holds_pickles(field.type):
-            raise DataError(
-                f"{where}: column {field.name!r} holds pickled Python objects, which are never loaded; "
-                "write the file without it"
-            )
-
-
-def _holds_pickles(kind: Any) -> bool:
-    if isinstance(kind, pa.BaseExtensionType):
-        return kind.extension_name == PICKLES or _holds_pickles(kind.storage_type)
-    if pa.types.is_dictionary(kind):
-        return _holds_pickles(kind.value_type)
-    return any(_holds_pickles(kind.field(index).type) for index in range(kind.num_fields))
-
-
-def require_kinds(
-    schema: pa.Schema, image_column: str, caption_column: str, where: str, *, fetchable: bool = False
-) -> None:
-    """Check that images are bytes, or URIs that may be fetched, and captions are text.
-
-    Raises:
-        DataError: they are not; names the file, the column and its type.
-    """
-    kind = schema.field(image_column).type
-    if holds_uris(kind) and not fetchable:
-        raise DataError(
-            f"{where}: column {image_column!r} names images by URI, and none may be fetched; "
-            "allow those below a place with --image-prefix, such as s3://bucket/images"
-        )
-    try:
-        if not holds_uris(kind):
-            image_bytes(pa.array([], kind))
-    except DataError as error:
-        raise DataError(f"{where}: column {image_column!r}: {error}") from None
-    kind = schema.field(caption_column).type
-    if not (_is_text(kind) or pa.types.is_null(kind)):
-        raise DataError(f"{where}: column {caption_column!r}: a caption column holds text, not {kind}")
-
-
-def holds_uris(kind: pa.DataType) -> bool:
-    """Tell whether an image column of this type names images instead of holding them."""
-    return _is_text(kind)
-
-
-def _is_text(kind: Any) -> bool:
-    text = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return text in (pa.string(), pa.large_string(), pa.string_view())
-
-
-def image_bytes(column: pa.Array | pa.ChunkedArray) -> list[bytes | None]:
-    """Take the encoded images out of a column.
-
-    Args:
-        column: binary, large_binary, or the Hugging Face layout struct<bytes, path>; B rows. Of a column
-            that is null throughout, writers forget the type.
-
-    Returns:
-        B encoded images, None where there is none.
-
-    Raises:
-        DataError: any other type.
-    """
-    kind: Any = column.type
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        column = pc.struct_field(column, "bytes")
-        kind = column.type
-    if kind not in (pa.binary(), pa.large_binary(), pa.binary_view(), pa.null()):
-        raise DataError(f"an image column holds encoded bytes or struct<bytes, path>, not {kind}")
-    images: list[bytes | None] = column.to_pylist()
-    return images

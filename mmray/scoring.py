@@ -18,7 +18,7 @@ from ray.data.block import BlockMetadata
 
 from mmray import retry
 from mmray.bundle import Bundle
-from mmray.captions import caption_texts
+from mmray.columns import text_values
 from mmray.config import Columns, ComputeConfig, LabelConfig, Workers
 from mmray.errors import ConfigError
 from mmray.faults import moment
@@ -237,7 +237,7 @@ class ScoreShards:
         damage = rows[DAMAGE].to_pylist()
         rows = rows.drop_columns(DAMAGE)
         images = image_values(rows[self.columns.image])
-        captions = caption_texts(rows[self.columns.caption])
+        captions = text_values(rows[self.columns.caption])
         for row in (damaged := [row for row, reason in enumerate(damage) if reason]):
             images[row] = captions[row] = None
         labeled = self.labeler(images, captions)

@@ -19,14 +19,7 @@ from mmray.config import differences
 from mmray.errors import DataError, OutputError
 from mmray.parquet import DataFile, find_files, read_footer, read_units
 from mmray.plan import SCHEMA_VERSION, Plan
-from mmray.schema import (
-    KeptScores,
-    Status,
-    Vocabulary,
-    output_schema,
-    passthrough_names,
-    prediction_fields,
-)
+from mmray.schema import KeptScores, Status, Vocabulary, output_schema, passthrough_names, prediction_fields
 from mmray.shards import MANIFEST, SUCCESS, FileRecord
 from mmray.storage import Folder, visible
 

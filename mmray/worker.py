@@ -20,7 +20,8 @@ from ray.util.queue import Queue
 from torch import Tensor
 
 from mmray.bundle import tokenizer_of
-from mmray.captions import caption_texts, tokenize
+from mmray.captions import tokenize
+from mmray.columns import text_values
 from mmray.config import ModelConfig, TrainConfig
 from mmray.decisions import decide
 from mmray.decoding import decode_row
@@ -232,7 +233,7 @@ def decode_rows(
     if augmentation and block.num_rows:
         generator = np.random.default_rng(block["draw"][0].as_py())
         views = [augmentation.draw(generator) for _ in range(block.num_rows)]
-    images, captions = block["image"].to_pylist(), caption_texts(block["caption"])
+    images, captions = block["image"].to_pylist(), text_values(block["caption"])
     rows = [
         decode_row(image, caption, model.fusion, model.image_size, view)
         for image, caption, view in zip(images, captions, views, strict=True)

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from mmray.captions import caption_texts
+from mmray.columns import text_values
 from mmray.config import Columns, LabelConfig, ModelConfig
 from mmray.datasets import Rows, count_labels, sample_captions
 from mmray.evaluate import evaluate_model, evaluate_predictions
@@ -165,7 +165,7 @@ def test_each_bad_row_has_its_status_and_its_reason_and_all_others_are_ok(sick, 
 def test_good_rows_have_the_scores_that_they_have_without_bad_ones(sick, output, bundle_uri, path):
     rows, scores = read(sick.folder, PLAIN), read(output, path)["scores"].to_pylist()
     good = [row for row in range(sick.num_rows) if row not in sick.bad]
-    images, captions = rows["image"].to_pylist(), caption_texts(rows["caption"])
+    images, captions = rows["image"].to_pylist(), text_values(rows["caption"])
     alone = Labeler.load(bundle_uri)([images[row] for row in good], [captions[row] for row in good])
     assert np.allclose([scores[row] for row in good], alone.scores, atol=1e-5)
     assert len(good) > 20 and len(np.unique(alone.scores.round(4), axis=0)) > 10

@@ -73,10 +73,10 @@ def new_clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let folders connect anew, by what the environment and the storage module say in this test."""
     import s3fs
 
-    from mmray import storage
+    from mmray import stores
 
     def forget() -> None:
-        storage._filesystem.cache_clear()
+        stores.open_filesystem.cache_clear()
         s3fs.S3FileSystem.clear_instance_cache()
 
     forget()
@@ -87,5 +87,5 @@ def new_clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def impatient(new_clients: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up early on a store that keeps failing, and on an answer that does not come."""
-    monkeypatch.setattr("mmray.storage.ATTEMPTS", 2)
-    monkeypatch.setattr("mmray.storage.READ_TIMEOUT_S", 1)
+    monkeypatch.setattr("mmray.stores.ATTEMPTS", 2)
+    monkeypatch.setattr("mmray.stores.READ_TIMEOUT_S", 1)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmray.captions import MAX_CHARACTERS, caption_texts, is_blank, load_tokenizer, tokenize, train_tokenizer
+from mmray.captions import MAX_CHARACTERS, is_blank, load_tokenizer, tokenize, train_tokenizer
+from mmray.columns import text_values
 from mmray.errors import ConfigError
 
 CAPTIONS = [
@@ -56,13 +57,13 @@ def test_bytes_that_are_not_utf8_are_replaced_and_the_other_captions_stay(kind):
     column = column.view(pa.string()).cast(kind)
     expected = ["caf\ufffd", "\ufffd\ufffd", "cut \ufffd", "\ufffd\ufffd\ufffd half a pair"]
     expected = ["a dog", *expected, None, "", "Stra\u00dfe \0"]
-    assert caption_texts(column) == expected
-    assert caption_texts(pa.chunked_array([column, column[:1]])) == [*expected, "a dog"]
-    assert caption_texts(column[5:]) == expected[5:]
+    assert text_values(column) == expected
+    assert text_values(pa.chunked_array([column, column[:1]])) == [*expected, "a dog"]
+    assert text_values(column[5:]) == expected[5:]
 
 
 def test_a_column_of_nothing_holds_no_captions():
-    assert caption_texts(pa.nulls(2)) == [None, None]
+    assert text_values(pa.nulls(2)) == [None, None]
 
 
 @pytest.mark.parametrize("caption", [None, "", " ", "\t\r\n", "\u00a0\u2003"])

@@ -11,10 +11,12 @@ HOUSE = Path(__file__).parents[2] / "mmray"
 
 FLOORS = [
     # 0: the contract
-    ["errors", "faults", "schema", "uris", "config"],
+    ["errors", "faults", "schema", "columns", "uris", "config"],
     # 1: everything that works without Ray
     [
         *(
+            "disk",
+            "stores",
             "storage",
             "fetch",
             "rowgroups",
@@ -94,9 +96,9 @@ def test_the_lower_floors_do_not_know_ray(module):
     assert "ray" not in packages(imports(module, everywhere=module != "cli"))
 
 
-def test_storage_alone_knows_the_file_systems():
+def test_one_module_alone_knows_the_file_systems():
     knowing = [module for module in MODULES if packages(imports(module)) & {"fsspec", "s3fs", "aiobotocore"}]
-    assert knowing == ["storage"]
+    assert knowing == ["stores"]
 
 
 @pytest.mark.parametrize("name", ["utils", "helpers", "common", "misc"])

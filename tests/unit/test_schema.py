@@ -6,17 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmray.columns import image_bytes, require_columns, require_kinds
 from mmray.errors import ConfigError, DataError
 from mmray.schema import (
     PREDICTION_COLUMNS,
     KeptScores,
     Vocabulary,
-    image_bytes,
     output_schema,
     passthrough_names,
     prediction_fields,
-    require_columns,
-    require_kinds,
 )
 
 light = settings(deadline=None, max_examples=100)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmray.errors import ConfigError, DataError
-from mmray.storage import Folder, shared_environment, visible
+from mmray.storage import Folder, visible
+from mmray.stores import shared_environment
 
 light = settings(deadline=None, max_examples=100)
 
