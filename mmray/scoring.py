@@ -18,16 +18,14 @@ from ray.data.block import BlockMetadata
 
 from mmray import retry
 from mmray.bundle import Bundle
-from mmray.columns import text_values
 from mmray.config import Columns, ComputeConfig, LabelConfig, Workers
 from mmray.errors import ConfigError
 from mmray.faults import moment
-from mmray.fetch import fetch_images, image_values
+from mmray.fetch import fetch_images
 from mmray.parcels import Parcel, unpack
 from mmray.parquet import MAX_SHARD_BYTES, DataFile, Unit, read_units
 from mmray.plan import Shard, Work, shards_of
-from mmray.rowgroups import DAMAGE
-from mmray.schema import KeptScores, Status, output_schema, passthrough_names, prediction_fields
+from mmray.schema import KeptScores
 from mmray.storage import Folder
 
 READ_TASK_ROWS = 1000
@@ -185,23 +183,23 @@ class ScoreShards:
 
         from mmray.isolation import IsolatedDecoder
         from mmray.labeler import Labeler
+        from mmray.tables import TableLabeler
 
-        bundle, self.columns, config, pool, _ = scorer
+        bundle, columns, config, pool, _ = scorer
         torch.set_num_threads(pool.num_threads)  # Ray sets one thread for each CPU that was asked for
-        self.kept = KeptScores.parse(config.scores)
-        self.bundle, self.fingerprint = bundle, bundle.fingerprint
         assert config.precision is not None
         self.refusal: Exception | None = None
         # Its predecessor may have died of a row that now comes again.
         isolated = ray.get_runtime_context().was_current_actor_reconstructed
         try:
-            self.labeler = Labeler(
+            labeler = Labeler(
                 bundle,
                 batch_size=config.batch_size,
                 precision=config.precision,
                 num_threads=pool.num_threads,
                 decode=IsolatedDecoder() if isolated else None,
             )
+            self.label = TableLabeler(labeler, columns, KeptScores.parse(config.scores))
         except Exception as error:
             self.refusal = error
 
@@ -231,31 +229,6 @@ class ScoreShards:
         if parcel.earlier is None:
             return self.label(parcel.rows)
         return retry.relabel(self.label, parcel.rows, parcel.earlier)
-
-    def label(self, rows: pa.Table) -> pa.Table:
-        """Replace the image column by the predictions; rows of a damaged row group have failed."""
-        damage = rows[DAMAGE].to_pylist()
-        rows = rows.drop_columns(DAMAGE)
-        images = image_values(rows[self.columns.image])
-        captions = text_values(rows[self.columns.caption])
-        for row in (damaged := [row for row, reason in enumerate(damage) if reason]):
-            images[row] = captions[row] = None
-        labeled = self.labeler(images, captions)
-        for row in damaged:
-            labeled.statuses[row], labeled.errors[row] = Status.FAILED, damage[row]
-        vocabulary, valid = self.bundle.vocabulary, labeled.valid
-        fields = prediction_fields(vocabulary, self.kept)
-        predictions = {
-            "predicted_labels": vocabulary.decode(labeled.decided, valid),
-            "status": pa.array([str(status) for status in labeled.statuses], pa.string()),
-            "error": pa.array(labeled.errors, pa.string()),
-            "model": pa.array([self.fingerprint] * rows.num_rows, pa.string()),
-        }
-        if self.kept.top != 0:
-            predictions["scores"] = self.kept.array(labeled.scores, valid, vocabulary)
-        passed = [rows[name] for name in passthrough_names(rows.schema, self.columns.image)]
-        columns = [*passed, *(predictions[field.name] for field in fields)]
-        return pa.Table.from_arrays(columns, schema=output_schema(rows.schema, self.columns.image, fields))
 
 
 @contextmanager

@@ -46,16 +46,17 @@ import pyarrow.parquet as pq
 from mmray.bundle import Bundle, save_bundle, tokenizer_files
 from mmray.captions import train_tokenizer
 from mmray.config import Columns, LabelConfig, ModelConfig
+from mmray.labeler import Labeler
 from mmray.lease import LEASE, this_process
 from mmray.model import build_model, describe_encoder
 from mmray.parquet import find_files
 from mmray.plan import PIECES, Plan, shards_of
 from mmray.planning import plan_labeling
 from mmray.rowgroups import DAMAGE
-from mmray.schema import CANONICAL_SCHEMA, Vocabulary
-from mmray.scoring import Pool, Scorer, ScoreShards
+from mmray.schema import CANONICAL_SCHEMA, KeptScores, Vocabulary
 from mmray.shards import MANIFEST, RECORDS, Committer, Records
 from mmray.storage import Folder
+from mmray.tables import TableLabeler
 from mmray.verify import Expected, check_file
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -111,8 +112,9 @@ def lay_down(state: Path, num_shards: int) -> None:
     config, output = LabelConfig(precision="fp32"), Folder(str(state / "output"))
     plan = plan_labeling(*find_files(str(state / "input")), bundle, output, Columns(), config)
     assert plan.num_shards == num_shards
-    scorer = ScoreShards(Scorer(bundle, Columns(), config, Pool(1, 1, 1, 0, 2)))
-    labeled = scorer.label(rows.append_column(DAMAGE, pa.nulls(len(rows), pa.string())))
+    labeled = TableLabeler(Labeler(bundle), Columns(), KeptScores.parse(config.scores))(
+        rows.append_column(DAMAGE, pa.nulls(len(rows), pa.string()))
+    )
     commit(plan, output, layout, labeled)
     (state / "complete").touch()
     click.echo(f"laid down in {time.monotonic() - started:.0f} s")
