@@ -9,6 +9,11 @@ import pyarrow.compute as pc
 
 from mmray.errors import DataError
 
+FETCHED = pa.struct(
+    [("bytes", pa.large_binary()), ("_mmray_status", pa.string()), ("_mmray_reason", pa.string())]
+)
+"""Images that were fetched; of those that cannot be had, what that makes of their rows, and why."""
+
 PICKLES = "ray.data.arrow_pickled_object"
 """Name of Ray Data's Arrow type whose values are pickles."""
 
@@ -63,6 +68,10 @@ def require_kinds(
         DataError: they are not; names the file, the column and its type.
     """
     kind = schema.field(image_column).type
+    if kind == FETCHED:
+        raise DataError(
+            f"{where}: column {image_column!r} has a type that is used here; drop all but its bytes"
+        )
     if holds_uris(kind) and not fetchable:
         raise DataError(
             f"{where}: column {image_column!r} names images by URI, and none may be fetched; "

@@ -12,23 +12,28 @@ large, or not allowed. What may mend is repeated after pauses that grow and are 
 
 from __future__ import annotations
 
-import functools
+import http.client
 import random
+import re
+import socket
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import urljoin
 
 import pyarrow as pa
 import urllib3
+import urllib3.connection
 
-from mmray.columns import holds_uris, image_bytes, text_values
-from mmray.errors import DataError, StorageError
+from mmray.columns import FETCHED, holds_uris, image_bytes, text_values
+from mmray.errors import ConfigError, DataError, MmrayError, StorageError
 from mmray.schema import Status
 from mmray.storage import Folder
-from mmray.stores import ATTEMPTS, CONNECT_TIMEOUT_S, READ_TIMEOUT_S
+from mmray.stores import ATTEMPTS, READ_TIMEOUT_S
 from mmray.uris import Prefixes, UnfetchedError, Uri, find_address
 
 MAX_IMAGE_BYTES = 32 << 20
@@ -37,10 +42,10 @@ MAX_IMAGE_BYTES = 32 << 20
 REDIRECTS = 5
 TOTAL_TIMEOUT_S = 120.0
 FETCHES_AT_ONCE = 16
-PASSING = (408, 425, 429, 500, 502, 503, 504)
-GONE = (HTTPStatus.NOT_FOUND, HTTPStatus.GONE)
+PASSING = (408, 425, 429)
+"""Statuses that may pass, beside all from 500 on."""
 
-_FETCHED = pa.struct([("bytes", pa.large_binary()), ("status", pa.string()), ("reason", pa.string())])
+GONE = (HTTPStatus.NOT_FOUND, HTTPStatus.GONE)
 
 
 class Fetcher:
@@ -63,25 +68,33 @@ class Fetcher:
                 time.sleep(random.uniform(0, 2.0 ** (attempt - 1)))
             try:
                 return self._fetch(uri)
-            except (urllib3.exceptions.HTTPError, OSError) as error:
+            except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
                 reason = str(error) if isinstance(error, OSError) else type(error).__name__
         raise StorageError(f"image URI {_shown(uri)} cannot be fetched ({reason}); the same command resumes")
 
-    def fetch_column(self, uris: pa.ChunkedArray) -> pa.Array:
+    def fetch_column(self, column: pa.ChunkedArray) -> pa.Array:
         """Fetch the images of a column of URIs.
 
-        Returns:
-            struct<bytes: large_binary, status: string, reason: string>; the latter two of an image that
-            cannot be had. All three are null where there is no URI.
-        """
-        with ThreadPoolExecutor(FETCHES_AT_ONCE, "fetch") as threads:
-            return pa.array(threads.map(self._entry, text_values(uris)), _FETCHED)
+        A server that keeps failing for one image while it gives others out is not down: it is that row's
+        image which cannot be had. Where it gives out none, nothing is written down.
 
-    def _entry(self, uri: str | None) -> dict[str, Any]:
+        Returns:
+            `FETCHED`; all null where there is no URI.
+
+        Raises:
+            StorageError: a server keeps failing; or ConfigError: a store refuses the credentials.
+        """
+        uris = text_values(column)
+        with ThreadPoolExecutor(FETCHES_AT_ONCE, "fetch") as threads:
+            answers = list(zip(uris, threads.map(self._answer, uris), strict=True))
+        serving = {_place(uri) for uri, answer in answers if isinstance(answer, bytes)}
+        return pa.array([_entry(answer, _place(uri) in serving) for uri, answer in answers], FETCHED)
+
+    def _answer(self, uri: str | None) -> bytes | MmrayError | None:
         try:
-            return {} if uri is None else {"bytes": self(uri)}
-        except UnfetchedError as error:
-            return {"status": str(error.status), "reason": str(error)}
+            return None if uri is None else self(uri)
+        except (UnfetchedError, StorageError, ConfigError) as error:
+            return error
 
     def _fetch(self, first: str) -> bytes:
         """Ask once, along redirects."""
@@ -92,7 +105,10 @@ class Fetcher:
                 answer = _read_object(allowed) if allowed.scheme == "s3" else _get(allowed)
                 if isinstance(answer, bytes):
                     return answer
-                uri = urljoin(uri, answer)
+                try:
+                    uri = urljoin(uri, answer)
+                except ValueError:
+                    raise UnfetchedError("is redirected to what is no URI") from None
             raise UnfetchedError(f"is redirected more than {REDIRECTS} times")
         except UnfetchedError as error:
             way = _shown(first) if uri == first else f"{_shown(first)}, redirected to {_shown(uri)},"
@@ -115,23 +131,49 @@ def image_values(column: pa.Array | pa.ChunkedArray) -> list[bytes | UnfetchedEr
         DataError: the column holds no images.
     """
     images: list[bytes | UnfetchedError | None] = [*image_bytes(column)]
-    if column.type == _FETCHED:
+    if column.type == FETCHED:
         for row, entry in enumerate(column.to_pylist()):
-            if entry["reason"] is not None:
-                images[row] = UnfetchedError(entry["reason"], Status(entry["status"]))
+            if (reason := entry["_mmray_reason"]) is not None:
+                images[row] = UnfetchedError(reason, Status(entry["_mmray_status"]))
     return images
+
+
+def _entry(answer: bytes | MmrayError | None, serves_others: bool) -> dict[str, Any]:
+    if answer is None or isinstance(answer, bytes):
+        return {"bytes": answer}
+    if not (serves_others or isinstance(answer, UnfetchedError)):
+        raise answer
+    status = answer.status if isinstance(answer, UnfetchedError) else Status.BAD_IMAGE
+    return {
+        "_mmray_status": str(status),
+        "_mmray_reason": str(answer).removesuffix("; the same command resumes"),
+    }
+
+
+def _place(uri: str | None) -> tuple[str, str, int] | None:
+    """Give the server or bucket that is asked first."""
+    try:
+        return None if uri is None else Uri.parse(uri)[:3]
+    except UnfetchedError:
+        return None
 
 
 def _get(uri: Uri) -> bytes | str:
     """Ask a web server for an image; gives it, or the place that the server names instead."""
-    pool = _pool(uri.scheme, find_address(uri), uri.port, uri.host)
-    target = (uri.path or "/") + (f"?{uri.query}" if uri.query else "")
-    headers = {"Host": uri.netloc, "User-Agent": "mmray", "Accept-Encoding": "identity"}
+    connection = _connect(uri, find_address(uri))
+    # Timeouts of a socket end with each byte: only this ends an answer that trickles.
     deadline = time.monotonic() + TOTAL_TIMEOUT_S
-    with pool.urlopen("GET", target, headers=headers, redirect=False, preload_content=False) as response:
+    watchdog = threading.Timer(TOTAL_TIMEOUT_S, _shut, (connection,))
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        target = (uri.path or "/") + (f"?{uri.query}" if uri.query else "")
+        headers = {"Host": uri.netloc, "User-Agent": "mmray", "Accept-Encoding": "identity"}
+        connection.request("GET", target, headers=headers, preload_content=False)
+        response = connection.getresponse()
         if place := response.get_redirect_location():
             return place
-        if response.status in PASSING:
+        if response.status in PASSING or response.status >= 500:
             raise ConnectionError(f"status {response.status}")
         if response.status != HTTPStatus.OK:
             status = Status.NO_IMAGE if response.status in GONE else Status.BAD_IMAGE
@@ -139,24 +181,31 @@ def _get(uri: Uri) -> bytes | str:
         data = bytearray()
         for part in response.stream(1 << 16, decode_content=False):
             data += part
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"not whole after {TOTAL_TIMEOUT_S:.0f} s")
             if len(data) > MAX_IMAGE_BYTES:
                 raise _too_large()
-    return bytes(data)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not whole after {TOTAL_TIMEOUT_S:.0f} s")
+        if not data and "Content-Length" not in response.headers:
+            raise ConnectionError("the answer broke off")
+        return bytes(data)
+    finally:
+        watchdog.cancel()
+        connection.close()
 
 
-@functools.lru_cache(maxsize=64)
-def _pool(scheme: str, address: str, port: int, host: str) -> urllib3.HTTPConnectionPool:
-    """Give the connections to an address, which must prove to be the host's where it speaks TLS."""
-    settings: dict[str, Any] = {
-        "timeout": urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S),
-        "maxsize": FETCHES_AT_ONCE,
-        "retries": False,
-    }
-    if scheme == "http":
-        return urllib3.HTTPConnectionPool(address, port, **settings)
-    return urllib3.HTTPSConnectionPool(address, port, server_hostname=host, assert_hostname=host, **settings)
+def _connect(uri: Uri, address: str) -> urllib3.connection.HTTPConnection:
+    """Make a connection to an address, which must prove to be the host's where it speaks TLS."""
+    if uri.scheme == "http":
+        return urllib3.connection.HTTPConnection(address, uri.port, timeout=READ_TIMEOUT_S)
+    return urllib3.connection.HTTPSConnection(
+        address, uri.port, timeout=READ_TIMEOUT_S, server_hostname=uri.host, assert_hostname=uri.host
+    )
+
+
+def _shut(connection: urllib3.connection.HTTPConnection) -> None:
+    with suppress(OSError):
+        if connection.sock is not None:
+            connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 def _read_object(uri: Uri) -> bytes:
@@ -179,4 +228,4 @@ def _shown(text: str) -> str:
     try:
         return str(Uri.parse(text))
     except UnfetchedError:
-        return repr(text.partition("?")[0][:80])
+        return repr(re.sub(r"//[^/]*@", "//", text).partition("?")[0][:80])

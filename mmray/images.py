@@ -7,6 +7,8 @@ as uint8; the model normalises on its device.
 from __future__ import annotations
 
 import io
+import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +25,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded: Pillow's own limit against decompression bombs."""
+
+LARGE_PIXELS = 16_000_000
+"""Larger images are decoded one at a time: on their way to RGB they take up to 20 bytes a pixel."""
+
+_ONE_LARGE = threading.Lock()
 
 Box = tuple[float, float, float, float]
 
@@ -96,7 +103,8 @@ def decode_image(data: bytes, size_px: int, view: View | None = None) -> np.ndar
                     f"image of {image.width}x{image.height} pixels is above the limit of {MAX_PIXELS}"
                 )
             box = view.box if view else (0.0, 0.0, 1.0, 1.0)
-            square = _squeeze(image, size_px, box)
+            with _ONE_LARGE if image.width * image.height > LARGE_PIXELS else nullcontext():
+                square = _squeeze(image, size_px, box)
             # Asked once the pixels are there: Pillow turns a TIFF itself as it loads, and drops the tag.
             turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
     except DataError:

@@ -28,12 +28,23 @@ class IsolatedDecoder:
     def __init__(self, timeout_s: float = DECODE_TIMEOUT_S) -> None:
         """Set how long a row may take."""
         self.timeout_s = timeout_s
-        self.thread = threading.local()
+        self.thread, self.alone = threading.local(), threading.Lock()
 
     def __call__(self, image: Image, caption: str | None, fusion: str, size_px: int) -> Row:
-        """Decode a row, as `decode_row` does; the row that kills or hangs the process has failed."""
+        """Decode a row, as `decode_row` does; the row that kills or hangs the process has failed.
+
+        Such a row is tried once more, one at a time: memory may have run short by another's fault.
+        """
         if isinstance(image, UnfetchedError):  # nothing to decode
             return decode_row(image, caption, fusion, size_px)
+        row = self._decode(image, caption, fusion, size_px)
+        if isinstance(row, str):
+            with self.alone:
+                row = self._decode(image, caption, fusion, size_px)
+        return Row(None, None, Status.FAILED, f"decoding this row {row}") if isinstance(row, str) else row
+
+    def _decode(self, image: bytes | None, caption: str | None, fusion: str, size_px: int) -> Row | str:
+        """Decode a row in a child, or say how that ended."""
         child = self._running()
         assert child.stdin and child.stdout
         timer = threading.Timer(self.timeout_s, child.kill)
@@ -44,8 +55,7 @@ class IsolatedDecoder:
         except (EOFError, BrokenPipeError):
             status = child.wait()
             hung = not timer.is_alive()
-            reason = f"took more than {self.timeout_s:.0f} s" if hung else f"killed its process ({status})"
-            return Row(None, None, Status.FAILED, f"decoding this row {reason}")
+            return f"took more than {self.timeout_s:.0f} s" if hung else f"killed its process ({status})"
         finally:
             timer.cancel()
         image_pixels = np.frombuffer(pixels, np.uint8).reshape(size_px, size_px, 3) if pixels else None

@@ -19,7 +19,7 @@ from mmray import errors
 from mmray.bundle import Bundle
 from mmray.committing import Tally, commit_shards, describe
 from mmray.config import Columns, ComputeConfig, LabelConfig
-from mmray.errors import OutputError
+from mmray.errors import OutputError, StorageError
 from mmray.lease import Lease
 from mmray.parquet import find_files
 from mmray.plan import Plan, Work, find_work
@@ -153,11 +153,13 @@ def label_planned(
                 scored = score_shards(folder, work, scorer)
                 with closing(commit_shards(scored, committer)) as outcomes:
                     tally.run(outcomes if work.pending else (), work, lease, line)
-            if work.paths <= records.found.keys():  # a listing would only say so again, page after page
-                break
-            work = find_work(output, plan)
-    if tally.errors:
-        raise tally.errors[0]
+            # Where every record is there, a listing would only say so again, page after page.
+            work = Work([], set(), []) if work.paths <= records.found.keys() else find_work(output, plan)
+    if work:
+        lost = StorageError(
+            f"{work.num_pending} shards were lost with their workers; the same command resumes"
+        )
+        raise tally.errors[0] if tally.errors else lost
     read_back(committer, plan, records)
     finished = [records.found[file.path] for file in plan.files]
     tally.check_budget(count_rows(finished))
@@ -189,18 +191,20 @@ def ending_gently() -> Iterator[None]:
         yield
         return
 
+    # A signal to the thread itself: nothing less wakes it where it waits for a lock.
+    timer = threading.Timer(GRACE_S, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+    timer.daemon = True
+
     def end(number: int, frame: object) -> None:
         log.warning("told to end: finishing what is being committed")
         signal.signal(signal.SIGTERM, before)
-        # A signal to the thread itself: nothing less wakes it where it waits for a lock.
-        timer = threading.Timer(GRACE_S, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
-        timer.daemon = True
         timer.start()
 
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
+        timer.cancel()
         signal.signal(signal.SIGTERM, before)
 
 

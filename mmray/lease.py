@@ -26,6 +26,7 @@ LEASE = "_mmray/lease.json"
 RENEWAL_S = 10.0
 PATIENCE_S = 30.0
 SETTLING_S = 2.0
+GIVING_BACK_S = 5.0
 
 
 class Lease:
@@ -51,10 +52,13 @@ class Lease:
         Raises:
             OutputError: another job holds it.
         """
-        found = self.output.read_json(LEASE)
-        if found and not is_dead(found):
-            self._wait_for(found)
-        if found or not self.output.create(LEASE, self._content()):
+        while not (found := self.output.read_json(LEASE)):
+            if self.output.create(LEASE, self._content()):
+                break
+            time.sleep(0.1)  # another job was quicker
+        if found:
+            if not is_dead(found):
+                self._wait_for(found)
             self.output.publish(LEASE, self._content())
             time.sleep(SETTLING_S)  # another job may be taking it over too: the last one to write has it
         if not self._is_mine():
@@ -63,12 +67,9 @@ class Lease:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give the lease back."""
+        """Give the lease back, unless storage takes too long: it runs out by itself."""
         self._done.set()
-        self._thread.join()
-        if not self._lost.is_set():
-            with suppress(OSError):  # it runs out by itself
-                self.output.remove([LEASE])
+        self._thread.join(GIVING_BACK_S)
 
     def check(self) -> None:
         """Make sure that the lease is still held.
@@ -95,11 +96,15 @@ class Lease:
     def _renew(self) -> None:
         while not self._done.wait(self.renewal_s):
             with suppress(Exception):  # storage that fails for a while is not the end
-                if not self._is_mine():
+                holder = self.output.read_json(LEASE)
+                if holder and holder["owner"] != self.record["owner"]:
                     self._lost.set()
                     return
                 self.record["renewed"] += 1
                 self.output.publish(LEASE, self._content())
+        with suppress(Exception):
+            if self._is_mine():
+                self.output.remove([LEASE])
 
     def _is_mine(self) -> bool:
         record = self.output.read_json(LEASE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -82,11 +83,24 @@ def find_files(uri: str) -> tuple[Folder, dict[str, int]]:
         files = {path: size for path, size in folder.list(".parquet").items() if path == name}
     if not files:
         raise DataError(f"{uri}: no .parquet file there; prepare.py makes a dataset of images and captions")
+    for path in files:
+        if posixpath.normpath(path) != path or any(parent in files for parent in _parents(path)):
+            raise DataError(
+                f"{folder}/{path}: an output cannot have a file of this path beside others; rename it"
+            )
     try:
         "".join(files).encode()
     except UnicodeEncodeError as error:  # a plan and a manifest could not name it
         raise DataError(f"{uri}: the name of a file in it is not UTF-8 ({error}); rename it") from None
     return folder, files
+
+
+def _parents(path: str) -> Iterator[str]:
+    """Give the folders of a path that are called like files."""
+    end = path.find(".parquet/")
+    while end >= 0:
+        yield path[: end + len(".parquet")]
+        end = path.find(".parquet/", end + 1)
 
 
 def describe_files(
@@ -172,7 +186,9 @@ def read_footer(folder: Folder, path: str, size_bytes: int) -> tuple[pq.FileMeta
 def _parsing(file: str) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError, ValueError) as error:  # Thrift and text complain in their own kinds
+    except DataError:
+        raise
+    except Exception as error:  # Thrift, text and extension types complain in their own kinds
         reason = " ".join(str(error).split())
         raise DataError(f"{file}: the Parquet footer is damaged ({reason})") from None
 

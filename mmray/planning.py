@@ -87,7 +87,9 @@ def plan_labeling(
     new = cut_to((file for file, _ in described), left)
     if earlier:
         require_same_files(earlier, replace(plan, files=plan.files + new))
-    if dry_run or not new:  # the latter: the limit was reached before these files
+    if not (new or plan.parts):
+        raise DataError(f"{folder}: none of its {len(files)} .parquet files can be read")
+    if dry_run or not (new or unreadable):  # the latter: the limit was reached before these files
         return replace(plan, files=plan.files + new)
     output.remove([SUCCESS] if plan.parts else [])
     return plan.append(output, new, unreadable)

@@ -109,4 +109,6 @@ class RowGroups:
 
 def _is_damage(error: Exception) -> bool:
     """Tell damaged content, of which Arrow complains in its own kinds or by a bare OSError, from storage."""
+    if isinstance(error, pa.ArrowMemoryError):
+        return False
     return isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)

@@ -63,9 +63,9 @@ class Committer:
         """
         assert rows.num_rows == shard.end - shard.first, f"{shard} came with {rows.num_rows} rows"
         if len(file.shards) == 1:
-            return self._publish_file(shard.path, [rows])
+            return self._publish_file(file, [rows])
         piece = io.BytesIO()
-        self._write([rows], piece)
+        self._write([rows], piece, file)
         self.output.publish(shard.piece, piece.getvalue())
         return None
 
@@ -78,7 +78,7 @@ class Committer:
         if len((self.output / f"{PIECES}/{file.path}").list(".parquet")) < len(shards):
             return None
         try:
-            record = self._publish_file(file.path, map(self._read_piece, shards))
+            record = self._publish_file(file, (self._read_piece(file, shard) for shard in shards))
         except FileNotFoundError:  # another worker has joined the file and removed its pieces
             return None
         self.output.remove(shard.piece for shard in shards)
@@ -92,7 +92,7 @@ class Committer:
         """
         data = self.output.read(file.path)
         record = read_record(pq.read_metadata(pa.BufferReader(data)))
-        if record.get("fingerprint") != self.fingerprint or record.get("num_rows") != file.num_rows:
+        if not self._is_ours(record, file, file.num_rows):
             raise OutputError(
                 f"{self.output}/{file.path} is not of this job: remove it, or label to another --output"
             )
@@ -100,19 +100,22 @@ class Committer:
             file.path, file.num_rows, record["counts"], len(data), hashlib.sha256(data).hexdigest()
         )
 
-    def _read_piece(self, shard: Shard) -> pa.Table:
+    def _read_piece(self, file: DataFile, shard: Shard) -> pa.Table:
         data = pa.BufferReader(self.output.read(shard.piece))
-        record = read_record(pq.read_metadata(data))
-        if (
-            record.get("fingerprint") != self.fingerprint
-        ):  # a worker of another job that wrote here: label again
+        if not self._is_ours(read_record(pq.read_metadata(data)), file, shard.end - shard.first):
+            # Of a worker of another job that wrote here, or of another input: label it again.
             self.output.remove([shard.piece])
             raise FileNotFoundError(shard.piece)
         return pq.read_table(data)
 
-    def _publish_file(self, path: str, tables: Iterable[pa.Table]) -> FileRecord:
+    def _is_ours(self, record: dict[str, Any], file: DataFile, num_rows: int) -> bool:
+        wanted = {"fingerprint": self.fingerprint, "input": file.footer_sha256, "num_rows": num_rows}
+        return record.items() >= wanted.items()
+
+    def _publish_file(self, file: DataFile, tables: Iterable[pa.Table]) -> FileRecord:
+        path = file.path
         with tempfile.NamedTemporaryFile(suffix=".parquet") as scratch:
-            counts, rejected = self._write(tables, scratch.file)
+            counts, rejected = self._write(tables, scratch.file, file)
             if rejected:  # before the file: once that exists, nobody comes by here again
                 lines = (json.dumps({"file": path, **row}, ensure_ascii=False) + "\n" for row in rejected)
                 self.output.publish(f"{REJECTIONS}/{path}.jsonl", "".join(lines).encode())
@@ -123,7 +126,7 @@ class Committer:
         return FileRecord(path, sum(counts.values()), counts, size, sha256)
 
     def _write(
-        self, tables: Iterable[pa.Table], target: IO[bytes]
+        self, tables: Iterable[pa.Table], target: IO[bytes], file: DataFile
     ) -> tuple[dict[str, int], list[dict[str, Any]]]:
         """Write tables as one Parquet file; the same tables give the same bytes."""
         counts: Counter[str] = Counter()
@@ -141,7 +144,12 @@ class Committer:
                 num_rows += table.num_rows
             assert writer is not None, "a file has at least one shard"
             ordered = dict(sorted(counts.items()))
-            record = {"fingerprint": self.fingerprint, "num_rows": num_rows, "counts": ordered}
+            record = {
+                "fingerprint": self.fingerprint,
+                "input": file.footer_sha256,
+                "num_rows": num_rows,
+                "counts": ordered,
+            }
             writer.add_key_value_metadata({RECORD_KEY: json.dumps(record)})
         return ordered, rejected
 

@@ -19,8 +19,12 @@ from mmray.errors import ConfigError, DataError
 from mmray.schema import Status
 
 PORTS = {"https": 443, "http": 80}
-METADATA_ADDRESSES = ("fd00:ec2::254", "100.100.100.200")
+METADATA_ADDRESSES = ("fd00:ec2::254", "100.100.100.200", "168.63.129.16")
 """Where clouds tell a machine its secrets, beside the link-local addresses."""
+
+
+IPV4_IN_IPV6 = tuple(map(ipaddress.ip_network, ("::/96", "::ffff:0:0/96", "64:ff9b::/96")))
+"""IPv6 networks whose last four bytes are an IPv4 address."""
 
 
 class UnfetchedError(DataError):
@@ -75,7 +79,7 @@ class Uri(NamedTuple):
 
     def __str__(self) -> str:
         """Show it in a message: without its query, which may hold a signature."""
-        return f"{self.scheme}://{self.netloc}{self.path}"[:200]
+        return f"{self.scheme}://{self.netloc}{self.path}".partition("?")[0][:200]
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class Prefixes:
         """
         places = []
         for text in texts:
+            if any(character in text for character in "?#@"):  # what may be a secret is not repeated
+                raise ConfigError("an --image-prefix with ?, # or @ in it; give scheme://host/path alone")
             try:
                 places.append(Uri.parse(text))
             except DataError as error:
@@ -127,7 +133,7 @@ def find_address(uri: Uri) -> str:
     except UnicodeError:
         raise UnfetchedError("names a host that cannot be", Status.NO_IMAGE) from None
     except socket.gaierror as error:
-        if error.errno == socket.EAI_AGAIN:
+        if error.errno not in (socket.EAI_NONAME, socket.EAI_NODATA):
             raise ConnectionError("the name server does not answer") from None
         raise UnfetchedError("names a host that does not exist", Status.NO_IMAGE) from None
     addresses = [str(entry[4][0]) for entry in found]
@@ -140,6 +146,10 @@ def find_address(uri: Uri) -> str:
 def is_forbidden(text: str) -> bool:
     """Tell whether only tricks lead to an address: link-local, metadata, multicast, none at all."""
     address = ipaddress.ip_address(text.partition("%")[0])
-    inner = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
+    inner = address
+    if isinstance(address, ipaddress.IPv6Address):
+        embedded = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        translated = any(address in network for network in IPV4_IN_IPV6)
+        inner = embedded if translated else address.sixtofour or address
     special = inner.is_link_local or inner.is_multicast or inner.is_unspecified
     return special or str(inner) in METADATA_ADDRESSES

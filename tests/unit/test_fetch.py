@@ -2,6 +2,8 @@
 
 import socket
 import threading
+import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow as pa
@@ -37,6 +39,12 @@ class Site(BaseHTTPRequestHandler):
             self.close_connection = True
         elif kind == "large":
             self.answer(200, bytes(2000))
+        elif kind == "garbage":
+            self.wfile.write(b"no HTTP at all\r\n\r\n")
+            self.close_connection = True
+        elif kind == "drip":
+            head = b"HTTP/1.1 200 OK\r\n"
+            self.drip({"body": head + b"\r\n" + bytes(200), "headers": head + b"x: " + b"y" * 200}[rest[0]])
 
     def answer(self, status, body, **headers):
         self.send_response(status)
@@ -44,6 +52,13 @@ class Site(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
+
+    def drip(self, data):
+        self.close_connection = True
+        with suppress(OSError):
+            for place in range(len(data)):
+                self.wfile.write(data[place : place + 1])
+                time.sleep(0.05)
 
     def log_message(self, *_):
         pass
@@ -59,7 +74,7 @@ def serve():
 @pytest.fixture
 def site(monkeypatch):
     """Give a web site, whose failures are repeated without pauses."""
-    monkeypatch.setattr("mmray.fetch.time.sleep", lambda _: None)
+    monkeypatch.setattr("mmray.fetch.random.uniform", lambda low, high: low)
     server = serve()
     yield server
     server.shutdown()
@@ -72,7 +87,7 @@ def uri_of(server, path):
 @pytest.fixture
 def fetch(site):
     """Give a fetcher that may ask the site for all but what lies below /private."""
-    places = ("image", "status", "redirect", "flaky", "short", "large")
+    places = ("image", "status", "redirect", "flaky", "short", "large", "garbage", "drip")
     return Fetcher(Prefixes.parse(tuple(uri_of(site, f"/{place}") for place in places)))
 
 
@@ -112,7 +127,9 @@ def test_what_fails_in_passing_is_repeated(site, fetch):
     assert len(site.asked) == 3
 
 
-@pytest.mark.parametrize("path", ["/status/500", "/status/429", "/short/a.jpg"])
+@pytest.mark.parametrize(
+    "path", ["/status/500", "/status/429", "/status/520", "/short/a.jpg", "/garbage/a.jpg"]
+)
 def test_a_server_that_keeps_failing_is_not_the_rows_fault(site, fetch, path):
     with pytest.raises(StorageError, match="cannot be fetched"):
         fetch(uri_of(site, path))
@@ -139,10 +156,11 @@ def test_a_redirect_is_followed_where_it_leads_to_an_allowed_place(site, fetch):
         "/private/a.jpg",
         "/image/../private/a.jpg",
         "//images.example/image/a.jpg",
+        "http://[",
     ],
 )
 def test_a_redirect_that_leads_elsewhere_is_not_followed(site, fetch, place):
-    with pytest.raises(UnfetchedError, match="redirected to") as raised:
+    with pytest.raises(UnfetchedError, match="redirected") as raised:
         fetch(uri_of(site, f"/redirect/?{place}"))
     assert raised.value.status is Status.BAD_IMAGE
     assert len(site.asked) == 1
@@ -160,10 +178,32 @@ def test_an_image_above_the_limit_is_refused(site, fetch, monkeypatch):
         fetch(uri_of(site, "/large/a.jpg"))
 
 
-def test_an_answer_that_never_ends_is_given_up(site, fetch, monkeypatch):
-    monkeypatch.setattr("mmray.fetch.TOTAL_TIMEOUT_S", -1)
-    with pytest.raises(StorageError, match="not whole after"):
-        fetch(uri_of(site, "/image/a.jpg"))
+@pytest.mark.parametrize("part", ["headers", "body"])
+def test_an_answer_that_trickles_is_given_up(site, fetch, monkeypatch, part):
+    """It goes on for ten seconds, and each byte must not count as a sign of life."""
+    monkeypatch.setattr("mmray.fetch.TOTAL_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("mmray.fetch.ATTEMPTS", 1)
+    started = time.monotonic()
+    with pytest.raises(StorageError, match="cannot be fetched"):
+        fetch(uri_of(site, f"/drip/{part}"))
+    assert time.monotonic() - started < 8
+
+
+def test_a_server_that_fails_for_one_image_alone_costs_that_row(site, monkeypatch):
+    monkeypatch.setattr("mmray.fetch.ATTEMPTS", 2)
+    column = pa.array([uri_of(site, "/status/500"), uri_of(site, "/image/a.jpg")])
+    fetched = fetch_images(pa.table({"image": column}), "image", [uri_of(site, "/")])
+    failed, image = image_values(fetched["image"])
+    assert image == IMAGE
+    assert failed.status is Status.BAD_IMAGE
+    assert "status 500" in str(failed)
+
+
+def test_a_server_that_gives_out_nothing_is_nobodys_fault(site, monkeypatch):
+    monkeypatch.setattr("mmray.fetch.ATTEMPTS", 2)
+    column = pa.array([uri_of(site, "/status/500"), uri_of(site, "/status/404"), None])
+    with pytest.raises(StorageError, match="status 500"):
+        fetch_images(pa.table({"image": column}), "image", [uri_of(site, "/")])
 
 
 def test_a_column_of_uris_becomes_images_and_reasons_in_its_rows(site):

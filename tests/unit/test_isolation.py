@@ -1,6 +1,9 @@
 """Decoding in a process of its own: the same rows, and a row that kills or hangs the process costs itself."""
 
 import io
+import os
+import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -73,3 +76,15 @@ def test_a_row_that_hangs_has_failed(monkeypatch):
     row = decoder(encoded(2), "poison", "concat", 16)
     assert row == (None, None, Status.FAILED, "decoding this row took more than 2 s")
     assert decoder(encoded(3), "sound", "concat", 16).status is Status.OK
+
+
+def test_a_row_whose_process_another_kills_is_decoded_by_the_next(monkeypatch, tmp_path):
+    monkeypatch.setenv("MMRAY_FAULT", "pause decode victim")
+    monkeypatch.setenv("MMRAY_FAULT_FOLDER", str(tmp_path))
+    decoder, reached = IsolatedDecoder(), tmp_path / "reached-0"
+    with ThreadPoolExecutor(1) as threads:
+        row = threads.submit(decoder, encoded(1), "victim", "concat", 16)
+        while not (reached.exists() and reached.read_text()):
+            time.sleep(0.01)
+        os.kill(int(reached.read_text()), signal.SIGKILL)
+        assert row.result().status is Status.OK

@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
 
-from mmray.errors import OutputError
+from mmray.errors import BudgetError, OutputError, StorageError
 from mmray.lease import LEASE, Lease, is_dead, this_process
 from mmray.storage import Folder
 
@@ -83,3 +85,45 @@ def test_a_job_whose_lease_was_taken_over_notices_and_leaves_the_new_one(output)
 def test_a_lease_is_renewed(output):
     with Lease(output, renewal_s=0.02):
         wait_until(lambda: output.read_json(LEASE)["renewed"] >= 3)
+
+
+def test_a_lease_that_vanished_is_taken_again(output):
+    with Lease(output, renewal_s=0.02) as lease:
+        output.remove([LEASE])
+        wait_until(lambda: output.read_json(LEASE))
+        lease.check()
+    assert output.list() == {}
+
+
+def test_of_jobs_that_begin_at_once_one_has_the_output_and_the_others_are_told(output):
+    def take(_):
+        try:
+            with Lease(output, renewal_s=0.05, patience_s=5) as lease:
+                time.sleep(3)
+                lease.check()
+        except OutputError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(6) as threads:
+        told = list(threads.map(take, range(6)))
+    assert told.count(None) == 1
+    assert all("is being labeled by process" in text for text in told if text)
+
+
+def test_storage_that_fails_as_a_lease_is_given_back_does_not_change_how_the_job_ends(output, monkeypatch):
+    def fail(*_):
+        raise StorageError("the store keeps failing")
+
+    with pytest.raises(BudgetError), Lease(output):
+        monkeypatch.setattr(Folder, "remove", fail)
+        raise BudgetError("too many rows failed")
+
+
+def test_storage_that_hangs_as_a_lease_is_given_back_does_not_keep_the_job(output, monkeypatch):
+    monkeypatch.setattr("mmray.lease.GIVING_BACK_S", 0.1)
+    hanging = Event()
+    with Lease(output):
+        monkeypatch.setattr(Folder, "read_json", lambda *_: hanging.wait(60))
+        started = time.monotonic()
+    assert time.monotonic() - started < 30
+    hanging.set()

@@ -105,3 +105,31 @@ def test_files_that_cannot_be_read_are_left_out_if_that_is_asked_for(draw_rows, 
     made = plan(tmp_path / "rows", tmp_path / "out", bundle_uri, skip_unreadable_files=True)
     assert [file.path for file in made.files] == ["a.parquet"]
     assert len(made.skipped) == 4
+
+
+def test_an_input_of_which_no_file_can_be_read_is_refused_also_when_others_are_to_be_skipped(
+    bundle_uri, tmp_path
+):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.parquet").write_bytes(b"no Parquet" * 9)
+    with pytest.raises(DataError, match=r"none of its 1 \.parquet files can be read"):
+        plan(tmp_path / "rows", tmp_path / "out", bundle_uri, skip_unreadable_files=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_come_later_and_cannot_be_read_are_in_the_plan_as_skipped(draw_rows, bundle_uri, tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.parquet").write_bytes(encoded(draw_rows(1)))
+    plan(tmp_path / "rows", tmp_path / "out", bundle_uri)
+    (tmp_path / "rows" / "b.parquet").write_bytes(b"no Parquet" * 9)
+    folder, files = find_files(str(tmp_path / "rows"))
+    output, config = Folder(str(tmp_path / "out")), LabelConfig(precision="fp32", skip_unreadable_files=True)
+    plan_labeling(folder, files, Bundle.load(bundle_uri), output, Columns(), config, extend=True)
+    assert [*Plan.load(output).skipped] == ["b.parquet"]
+
+
+@pytest.mark.parametrize("paths", [["a//b.parquet"], ["a.parquet", "a.parquet/b.parquet"]])
+def test_keys_of_a_store_that_no_folder_could_hold_are_refused(monkeypatch, paths):
+    monkeypatch.setattr(Folder, "list", lambda *_: dict.fromkeys(paths, 100))
+    with pytest.raises(DataError, match="rename it"):
+        find_files("s3://bucket/rows")

@@ -3,6 +3,7 @@
 import io
 import json
 import threading
+from dataclasses import replace
 from itertools import pairwise
 
 import pyarrow as pa
@@ -250,7 +251,7 @@ def test_pieces_are_joined_in_row_order_whatever_the_order_of_commits(tmp_path_f
     assert table.drop_columns("kind").equals(labeled(0, 9).drop_columns("kind"))
     assert table["kind"].to_pylist() == labeled(0, 9)["kind"].to_pylist()
     record = read_record(pq.read_metadata(pa.BufferReader(output.read("a/x.parquet"))))
-    assert record == {"fingerprint": "f1", "num_rows": 9, "counts": {"ok": 9}}
+    assert record == {"fingerprint": "f1", "input": THREE.footer_sha256, "num_rows": 9, "counts": {"ok": 9}}
     assert records[-1] == committer.describe(THREE)
 
 
@@ -359,6 +360,17 @@ def test_a_piece_of_another_job_is_thrown_away_and_labeled_again(output):
     assert list(find_work(output, plan).shards()) == [second]
     assert commit(committer, second, labeled(3, 5), THREE) is not None
     assert rows_of(output, THREE.path) == list(range(9))
+
+
+def test_a_piece_of_another_input_is_thrown_away_and_labeled_again(output):
+    committer = Committer(output, "f1")
+    commit(committer, Shard("a/x.parquet", 0, 3), labeled(0, 3), replace(THREE, footer_sha256="of another"))
+    for shard in shards_of(THREE, THREE.units)[1:]:
+        commit(committer, shard, labeled(shard.first, shard.end), THREE)
+    assert committer.join(THREE) is None
+    assert piece(0, 3) not in output.list()
+    commit(committer, Shard("a/x.parquet", 0, 3), labeled(0, 3), THREE)
+    assert committer.join(THREE) or "a/x.parquet" in output.list()
 
 
 @pytest.mark.parametrize("other", ["fingerprint", "rows", "origin"])

@@ -80,8 +80,18 @@ def test_a_prefix_that_names_no_place_is_refused_by_name(prefix):
 
 
 @pytest.mark.parametrize(
+    "prefix", ["https://host/p?sig=SECRET", "https://u:SECRET/w@host", "s3://bucket/p#SECRET"]
+)
+def test_a_prefix_that_may_hold_a_secret_is_refused_without_repeating_it(prefix):
+    with pytest.raises(ConfigError, match="--image-prefix") as raised:
+        Prefixes.parse((prefix,))
+    assert "SECRET" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
     "address",
     [
+        *("168.63.129.16", "64:ff9b::a9fe:a9fe", "::169.254.169.254"),
         *("169.254.169.254", "169.254.170.2", "fe80::1%eth0", "::ffff:169.254.169.254"),
         *("2002:a9fe:a9fe::", "fd00:ec2::254", "100.100.100.200", "0.0.0.0", "::", "224.0.0.1"),
     ],
