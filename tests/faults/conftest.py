@@ -13,6 +13,7 @@ import pytest
 from killing import Job, Reference, hits, poll
 
 SEED = int(os.environ.get("MMRAY_FAULT_SEED") or random.SystemRandom().randrange(1_000_000))
+NUM_KILLS = 100
 ROUNDS = int(os.environ.get("MMRAY_FAULT_ROUNDS") or 24)
 
 
@@ -32,11 +33,20 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("node_seed", range(SEED, SEED + ROUNDS // 6))
 
 
+def pytest_sessionfinish(session, exitstatus):
+    """Hold `make test-faults` to what it promises: at least a hundred kills that hit."""
+    everything = "or faults" in session.config.option.markexpr and not session.config.option.keyword
+    if everything and exitstatus == 0 and sum(hits.values()) < NUM_KILLS:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_terminal_summary(terminalreporter):
     """Say how many kills hit."""
     if hits:
         by_victim = ", ".join(f"{count} {victim}" for victim, count in sorted(hits.items()))
         terminalreporter.write_line(f"{sum(hits.values())} kills hit: {by_victim}; seeds from {SEED}")
+        if sum(hits.values()) < NUM_KILLS:
+            terminalreporter.write_line(f"fewer than {NUM_KILLS}: a whole run of `make test-faults` fails so")
 
 
 @pytest.fixture(scope="session")

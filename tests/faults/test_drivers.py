@@ -108,22 +108,18 @@ def write_again(output, reference):
             )
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "moment",
     [
+        "before read a.parquet *",
+        "before score c.parquet *",
+        "before publish _mmray/pieces/a.parquet/1-1001.parquet",
         "before publish a.parquet",
-        *(
-            pytest.param(moment, marks=pytest.mark.faults)
-            for moment in (
-                "before read a.parquet *",
-                "before score c.parquet *",
-                "before publish _mmray/pieces/a.parquet/1-1001.parquet",
-                "before publish b/one.parquet",
-                "before remove _mmray/pieces/a.parquet/1-1001.parquet",
-                "before publish _mmray/manifest.json",
-                "before publish _SUCCESS",
-            )
-        ),
+        "before publish b/one.parquet",
+        "before remove _mmray/pieces/a.parquet/1-1001.parquet",
+        "before publish _mmray/manifest.json",
+        "before publish _SUCCESS",
     ],
     ids=lambda moment: moment.replace("/", "|"),
 )
@@ -142,7 +138,9 @@ def test_a_worker_of_a_dead_driver_that_writes_into_a_run_changes_nothing(job, r
     reference.compare(job.output)
 
 
-@pytest.mark.parametrize("num_written", [1, 4, None])
+@pytest.mark.parametrize(
+    "num_written", [*(pytest.param(number, marks=pytest.mark.faults) for number in (1, 4)), None]
+)
 def test_a_worker_of_a_dead_driver_that_writes_late_changes_nothing(job, reference, num_written):
     job.finish()
     for write in list(write_again(job.output, reference))[:num_written]:

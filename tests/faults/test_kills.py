@@ -35,10 +35,8 @@ OF_A_WORKER = (
     "before remove _mmray/pieces/a.parquet/1001-1002.parquet",
 )
 RISKIEST = {
-    ("after publish _mmray/plan/*", DRIVER),
     ("after publish _mmray/pieces/a.parquet/1-1001.parquet", WORKER),
     ("before publish a.parquet", ACTOR),
-    ("before remove _mmray/pieces/a.parquet/1-1001.parquet", DRIVER),
     ("before publish _SUCCESS", DRIVER),
 }
 KILLS = [

@@ -72,6 +72,7 @@ def test_a_full_disk_stops_the_job_and_room_lets_it_go_on(job, reference, disk, 
     reference.compare(job.output)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: moment.replace("/", "|"))
 def test_an_output_that_turns_read_only_stops_the_job_and_it_goes_on_later(job, reference, disk, moment):
     run = job.start(f"pause {moment}")
