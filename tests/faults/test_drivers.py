@@ -63,6 +63,7 @@ def test_sigterm_while_the_manifest_is_written_ends_the_job_and_it_resumes(job, 
     reference.compare(job.output)
 
 
+@pytest.mark.faults
 def test_a_second_driver_on_one_output_refuses_and_leaves_the_first_undisturbed(make_job, reference):
     first, second = make_job(), make_job()
     run = first.start("pause before publish _mmray/pieces/a.parquet/1-1001.parquet")
@@ -138,9 +139,8 @@ def test_a_worker_of_a_dead_driver_that_writes_into_a_run_changes_nothing(job, r
     reference.compare(job.output)
 
 
-@pytest.mark.parametrize(
-    "num_written", [*(pytest.param(number, marks=pytest.mark.faults) for number in (1, 4)), None]
-)
+@pytest.mark.faults
+@pytest.mark.parametrize("num_written", [1, 4, None])
 def test_a_worker_of_a_dead_driver_that_writes_late_changes_nothing(job, reference, num_written):
     job.finish()
     for write in list(write_again(job.output, reference))[:num_written]:

@@ -36,7 +36,6 @@ OF_A_WORKER = (
 )
 RISKIEST = {
     ("after publish _mmray/pieces/a.parquet/1-1001.parquet", WORKER),
-    ("before publish a.parquet", ACTOR),
     ("before publish _SUCCESS", DRIVER),
 }
 KILLS = [
