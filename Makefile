@@ -25,7 +25,7 @@ test-swift: setup
 
 # Prints its seeds; MMRAY_FAULT_SEED=N begins with the same ones again.
 test-faults: setup
-	$(BIN)/python -m pytest tests/faults -m 'faults or not faults' -s
+	$(BIN)/python -m pytest tests/faults tests/s3/test_kills.py -m 'faults or not faults' -s
 
 test-recipes: setup
 	$(BIN)/python -m pytest -m recipe -s

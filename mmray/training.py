@@ -115,10 +115,11 @@ def train_model(
 
 def recipe_of(rows: Rows, val: Rows, model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
     """Give all that the trained model depends on."""
+    columns = asdict(rows.columns) | {"image_prefixes": [*rows.columns.image_prefixes]}  # JSON has no tuples
     return {
         "data": fingerprint(rows.identity()),
         "val": fingerprint(val.identity()),
-        "columns": asdict(rows.columns),
+        "columns": columns,
         "model": asdict(model),
         "train": asdict(train),
     }

@@ -7,17 +7,14 @@ import pyarrow.parquet as pq
 import pytest
 from killing import files_of, is_leftover
 
+pytestmark = pytest.mark.faults
+
 MOMENTS = [
+    "before publish _mmray/plan/*",
     "before publish _mmray/pieces/a.parquet/1-1001.parquet",
-    *(
-        pytest.param(moment, marks=pytest.mark.faults)
-        for moment in (
-            "before publish _mmray/plan/*",
-            "before publish _mmray/rejected/a.parquet.jsonl",
-            "before publish a.parquet",
-            "before publish _mmray/manifest.json",
-        )
-    ),
+    "before publish _mmray/rejected/a.parquet.jsonl",
+    "before publish a.parquet",
+    "before publish _mmray/manifest.json",
 ]
 
 
@@ -72,7 +69,6 @@ def test_a_full_disk_stops_the_job_and_room_lets_it_go_on(job, reference, disk, 
     reference.compare(job.output)
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: moment.replace("/", "|"))
 def test_an_output_that_turns_read_only_stops_the_job_and_it_goes_on_later(job, reference, disk, moment):
     run = job.start(f"pause {moment}")

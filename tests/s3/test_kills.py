@@ -8,7 +8,7 @@ from killing import Job
 from mmray.storage import Folder, visible
 from mmray.verify import verify_dataset
 
-pytestmark = pytest.mark.usefixtures("cluster")
+pytestmark = [pytest.mark.usefixtures("cluster"), pytest.mark.faults]
 DRIVER, WORKER = "driver", "process at the moment"
 
 
@@ -55,19 +55,14 @@ def labels_in(output):
 @pytest.mark.parametrize(
     ("moment", "victim"),
     [
+        ("before publish _mmray/plan/*", DRIVER),
+        ("before publish _mmray/pieces/a.parquet/0-1.parquet", WORKER),
         ("after publish _mmray/pieces/a.parquet/1-1001.parquet", DRIVER),
-        *(
-            pytest.param(*case, marks=pytest.mark.faults)
-            for case in (
-                ("before publish _mmray/plan/*", DRIVER),
-                ("before publish _mmray/pieces/a.parquet/0-1.parquet", WORKER),
-                ("before publish a.parquet", WORKER),
-                ("after publish a.parquet", DRIVER),
-                ("before remove _mmray/pieces/a.parquet/0-1.parquet", WORKER),
-                ("before publish _mmray/manifest.json", DRIVER),
-                ("before publish _SUCCESS", DRIVER),
-            )
-        ),
+        ("before publish a.parquet", WORKER),
+        ("after publish a.parquet", DRIVER),
+        ("before remove _mmray/pieces/a.parquet/0-1.parquet", WORKER),
+        ("before publish _mmray/manifest.json", DRIVER),
+        ("before publish _SUCCESS", DRIVER),
     ],
     ids=lambda value: value.replace("/", "|"),
 )
