@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from typing import IO, Any
 
 import numpy as np
@@ -17,6 +18,12 @@ import numpy as np
 from mmray.decoding import DECODE_TIMEOUT_S, Image, Row, decode_row
 from mmray.schema import Status
 from mmray.uris import UnfetchedError
+
+
+class _GoneError(Exception):
+    def __init__(self, how: str, *, hung: bool = False) -> None:
+        super().__init__(how)
+        self.hung = hung
 
 
 class IsolatedDecoder:
@@ -33,18 +40,26 @@ class IsolatedDecoder:
     def __call__(self, image: Image, caption: str | None, fusion: str, size_px: int) -> Row:
         """Decode a row, as `decode_row` does; the row that kills or hangs the process has failed.
 
-        Such a row is tried once more, one at a time: memory may have run short by another's fault.
+        One that killed it is tried once more, one at a time: memory may have run short by another's fault.
         """
         if isinstance(image, UnfetchedError):  # nothing to decode
             return decode_row(image, caption, fusion, size_px)
-        row = self._decode(image, caption, fusion, size_px)
-        if isinstance(row, str):
-            with self.alone:
-                row = self._decode(image, caption, fusion, size_px)
-        return Row(None, None, Status.FAILED, f"decoding this row {row}") if isinstance(row, str) else row
+        for again in (False, True):
+            try:
+                with self.alone if again else nullcontext():
+                    return self._decode(image, caption, fusion, size_px)
+            except _GoneError as error:
+                reason = error
+            if reason.hung:
+                break
+        return Row(None, None, Status.FAILED, f"decoding this row {reason}")
 
-    def _decode(self, image: bytes | None, caption: str | None, fusion: str, size_px: int) -> Row | str:
-        """Decode a row in a child, or say how that ended."""
+    def _decode(self, image: bytes | None, caption: str | None, fusion: str, size_px: int) -> Row:
+        """Decode a row in a child.
+
+        Raises:
+            _GoneError: the child has ended.
+        """
         child = self._running()
         assert child.stdin and child.stdout
         timer = threading.Timer(self.timeout_s, child.kill)
@@ -54,8 +69,9 @@ class IsolatedDecoder:
             record, pixels, kept = _receive(child.stdout)
         except (EOFError, BrokenPipeError):
             status = child.wait()
-            hung = not timer.is_alive()
-            return f"took more than {self.timeout_s:.0f} s" if hung else f"killed its process ({status})"
+            if timer.is_alive():
+                raise _GoneError(f"killed its process ({status})") from None
+            raise _GoneError(f"took more than {self.timeout_s:.0f} s", hung=True) from None
         finally:
             timer.cancel()
         image_pixels = np.frombuffer(pixels, np.uint8).reshape(size_px, size_px, 3) if pixels else None
