@@ -1,4 +1,7 @@
-"""Labeled rows on Ray Data: checked, shuffled anew each epoch, counted."""
+"""Labeled rows on Ray Data: checked, shuffled anew each epoch, decoded, counted.
+
+Without torch: most processes of a training run need no more than this, and torch costs each of them seconds.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,23 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray.data
+import ray.train
 from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from mmray.columns import image_bytes, require_columns, require_kinds, text_values
-from mmray.config import Columns
+from mmray.config import Columns, ModelConfig
+from mmray.decoding import decode_row
 from mmray.errors import DataError
 from mmray.fetch import fetch_images
+from mmray.images import Augmentation, View
 from mmray.parquet import DataFile, Unit, describe_files, find_files, read_units
-from mmray.schema import Label, Vocabulary
+from mmray.schema import Label, Status, Vocabulary
 from mmray.storage import Folder
 
 
@@ -120,6 +127,57 @@ class RowSource(Datasource):
         return ReadTask(
             read, BlockMetadata(num_rows=num_rows, size_bytes=size, exec_stats=None, input_files=None)
         )
+
+
+class ExactValidation(ray.train.DataConfig):
+    """Splits training rows equally, so that no worker waits for another, and validation rows exactly."""
+
+    def configure(
+        self,
+        datasets: dict[str, ray.data.Dataset],
+        world_size: int,
+        worker_handles: Any,
+        worker_node_ids: list[str] | None,
+        **kwargs: Any,
+    ) -> list[dict[str, ray.data.DataIterator]]:
+        """Give each worker its streams, of blocks on its own node as far as there are any."""
+        splits = {
+            name: dataset.streaming_split(world_size, equal=name == "train", locality_hints=worker_node_ids)
+            for name, dataset in datasets.items()
+        }
+        return [{name: split[rank] for name, split in splits.items()} for rank in range(world_size)]
+
+
+def decode_rows(
+    block: pa.Table, model: ModelConfig, vocabulary: Vocabulary, augmentation: Augmentation | None = None
+) -> dict[str, np.ndarray]:
+    """Decode rows for training: the function that labels them, plus augmentation.
+
+    Returns:
+        pixels: uint8 (B, S, S, 3); caption: str (B,); has_image, has_caption, valid: bool (B,);
+        targets: uint8 (B, L).
+    """
+    views: list[View | None] = [None] * block.num_rows
+    if augmentation and block.num_rows:
+        generator = np.random.default_rng(block["draw"][0].as_py())
+        views = [augmentation.draw(generator) for _ in range(block.num_rows)]
+    images, captions = block["image"].to_pylist(), text_values(block["caption"])
+    rows = [
+        decode_row(image, caption, model.fusion, model.image_size, view)
+        for image, caption, view in zip(images, captions, views, strict=True)
+    ]
+    pixels = np.zeros((len(rows), model.image_size, model.image_size, 3), np.uint8)
+    for index, row in enumerate(rows):
+        if row.pixels is not None:
+            pixels[index] = row.pixels
+    return {
+        "pixels": pixels,
+        "caption": np.array([row.caption or "" for row in rows], object),
+        "has_image": np.array([row.pixels is not None for row in rows], bool),
+        "has_caption": np.array([row.caption is not None for row in rows], bool),
+        "valid": np.array([row.status is not Status.FAILED for row in rows], bool),
+        "targets": vocabulary.encode(block["labels"]),
+    }
 
 
 def count_labels(rows: Rows) -> tuple[Vocabulary, np.ndarray]:

@@ -31,14 +31,14 @@ from ray.util.queue import Queue
 from mmray.bundle import Bundle, save_bundle, tokenizer_files
 from mmray.captions import load_tokenizer, train_tokenizer
 from mmray.config import Columns, ComputeConfig, ModelConfig, TrainConfig, Workers, differences, fingerprint
-from mmray.datasets import Rows, count_labels, sample_captions
+from mmray.datasets import ExactValidation, Rows, count_labels, decode_rows, sample_captions
 from mmray.errors import ConfigError, DataError, OutputError
 from mmray.images import Augmentation
 from mmray.model import build_model, describe_encoder
 from mmray.progress import Progress
 from mmray.schema import Vocabulary
 from mmray.storage import Folder
-from mmray.worker import Start, TrainJob, decode_rows, train_worker
+from mmray.worker import Start, TrainJob, train_worker
 
 log = logging.getLogger(__name__)
 
@@ -245,25 +245,6 @@ def num_epochs_done(output: Folder) -> int:
     """Give the epochs that checkpoints hold: a run that resumes must not repeat the first ones' order."""
     run = output / f"{RUN}/run"
     return max((run.read_json(path)["epoch"] for path in run.list("/progress.json")), default=0)
-
-
-class ExactValidation(ray.train.DataConfig):
-    """Splits training rows equally, so that no worker waits for another, and validation rows exactly."""
-
-    def configure(
-        self,
-        datasets: dict[str, ray.data.Dataset],
-        world_size: int,
-        worker_handles: Any,
-        worker_node_ids: list[str] | None,
-        **kwargs: Any,
-    ) -> list[dict[str, ray.data.DataIterator]]:
-        """Give each worker its streams, of blocks on its own node as far as there are any."""
-        splits = {
-            name: dataset.streaming_split(world_size, equal=name == "train", locality_hints=worker_node_ids)
-            for name, dataset in datasets.items()
-        }
-        return [{name: split[rank] for name, split in splits.items()} for rank in range(world_size)]
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray.train
 import ray.train.torch
 import torch
@@ -21,15 +20,12 @@ from torch import Tensor
 
 from mmray.bundle import tokenizer_of
 from mmray.captions import tokenize
-from mmray.columns import text_values
 from mmray.config import ModelConfig, TrainConfig
 from mmray.decisions import decide
-from mmray.decoding import decode_row
-from mmray.images import Augmentation, View
 from mmray.learner import Learner, drop_modalities, drop_words, freeze_unused
 from mmray.metrics import Counts
 from mmray.model import Inputs, build_model
-from mmray.schema import Status, Vocabulary
+from mmray.schema import Vocabulary
 
 SHUFFLE_BUFFER_BYTES = 256 << 20
 NEWS_INTERVAL_S = 0.5
@@ -218,38 +214,6 @@ class Collate(NumpyBatchCollateFn):
         captions = batch.pop("caption").tolist()
         batch["input_ids"], batch["attention_mask"] = tokenize(self.tokenizer, captions, self.max_tokens)
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
-
-
-def decode_rows(
-    block: pa.Table, model: ModelConfig, vocabulary: Vocabulary, augmentation: Augmentation | None = None
-) -> dict[str, np.ndarray]:
-    """Decode rows for training: the function that labels them, plus augmentation.
-
-    Returns:
-        pixels: uint8 (B, S, S, 3); caption: str (B,); has_image, has_caption, valid: bool (B,);
-        targets: uint8 (B, L).
-    """
-    views: list[View | None] = [None] * block.num_rows
-    if augmentation and block.num_rows:
-        generator = np.random.default_rng(block["draw"][0].as_py())
-        views = [augmentation.draw(generator) for _ in range(block.num_rows)]
-    images, captions = block["image"].to_pylist(), text_values(block["caption"])
-    rows = [
-        decode_row(image, caption, model.fusion, model.image_size, view)
-        for image, caption, view in zip(images, captions, views, strict=True)
-    ]
-    pixels = np.zeros((len(rows), model.image_size, model.image_size, 3), np.uint8)
-    for index, row in enumerate(rows):
-        if row.pixels is not None:
-            pixels[index] = row.pixels
-    return {
-        "pixels": pixels,
-        "caption": np.array([row.caption or "" for row in rows], object),
-        "has_image": np.array([row.pixels is not None for row in rows], bool),
-        "has_caption": np.array([row.caption is not None for row in rows], bool),
-        "valid": np.array([row.status is not Status.FAILED for row in rows], bool),
-        "targets": vocabulary.encode(block["labels"]),
-    }
 
 
 def inputs_of(batch: dict[str, Tensor], device: torch.device) -> Inputs:

@@ -18,12 +18,11 @@ from PIL import Image
 
 from mmray.columns import text_values
 from mmray.config import Columns, LabelConfig, ModelConfig
-from mmray.datasets import Rows, count_labels, sample_captions
+from mmray.datasets import Rows, count_labels, decode_rows, sample_captions
 from mmray.evaluate import evaluate_model, evaluate_predictions
 from mmray.labeler import Labeler
 from mmray.labeling import label_dataset
 from mmray.verify import verify_dataset
-from mmray.worker import decode_rows
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
