@@ -1,9 +1,14 @@
 """Kills at every step of the protocol, and at random: no row is lost, doubled or labeled otherwise."""
 
 import random
+import re
+import signal
 import time
 
 import pytest
+from killing import poll
+
+from mmray.verify import verify_dataset
 
 DRIVER, WORKER, ACTOR, ANY = "driver", "process at the moment", "actor", "worker"
 
@@ -63,6 +68,30 @@ def test_a_kill_at_a_step_of_the_protocol_changes_nothing(job, reference, moment
     reference.compare(job.output)
     if not hit:
         pytest.skip("no actor was left at this moment; the output is as it must be")
+
+
+@pytest.mark.faults
+def test_a_job_with_a_ray_of_its_own_keeps_what_it_committed(make_job, rows):
+    """As on a laptop, where Ray dies with the driver."""
+    job = make_job(address=None)
+    run = job.start("pause before publish a.parquet")
+    run.reached()
+    poll(lambda: (job.output / "b" / "one.parquet").exists(), run.told)
+    assert run.kill(DRIVER)
+    run.go()
+    assert run.wait() == -signal.SIGKILL
+    run.wait_for_workers()
+    committed = traces(job.output)
+    assert job.output / "b" / "one.parquet" in committed
+    assert re.search(r"[1-9] of 7 shards were there", job.finish().told())
+    assert verify_dataset(str(rows), str(job.output)).problems == []
+    assert committed == {path: trace for path, trace in traces(job.output).items() if path in committed}
+
+
+def traces(output):
+    """Say of each labeled file which it is and when it was written."""
+    files = [path for path in output.rglob("*.parquet") if "_mmray" not in path.parts]
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
 @pytest.mark.faults

@@ -38,16 +38,22 @@ def trap(tmp_path):
     return column, touched
 
 
+@pytest.fixture(scope="module")
+def output(cluster, draw_rows, bundle_uri, tmp_path_factory):
+    """Give the output of rows that were harmless then."""
+    folder = tmp_path_factory.mktemp("harmless")
+    pq.write_table(draw_rows(20), folder / "a.parquet")
+    label_dataset(str(folder / "a.parquet"), bundle_uri, str(folder / "out"))
+    return folder / "out"
+
+
 @pytest.mark.parametrize("name", ["image", "labels", "notes"])
 def test_a_column_of_pickles_is_refused_by_every_job_and_never_loaded(
-    draw_rows, trap, bundle_uri, tmp_path, name
+    draw_rows, trap, output, bundle_uri, tmp_path, name
 ):
     column, touched = trap
-    rows = draw_rows(20)
-    folder, output = tmp_path / "rows", tmp_path / "out"
+    rows, folder = draw_rows(20), tmp_path / "rows"
     folder.mkdir()
-    pq.write_table(rows, folder / "a.parquet")
-    label_dataset(str(folder), bundle_uri, str(output))
     rows = rows.drop_columns(name) if name in rows.column_names else rows
     pq.write_table(rows.append_column(name, column), folder / "a.parquet")
     uses = [
