@@ -16,16 +16,18 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/python jobs/demo.py --output build/demo
 
+# In two processes, since tests wait for Ray's processes to start; those that share a cluster stay together.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 # The tests of object storage against OpenStack Swift, where Debian's packages of it are installed.
 test-swift: setup
 	$(BIN)/python tests/s3/swift.py $(BIN)/python -m pytest tests/s3
 
-# Prints its seeds; MMRAY_FAULT_SEED=N begins with the same ones again.
+# Says from which seed on it drew; MMRAY_FAULT_SEED=N draws the same kills again.
 test-faults: setup
-	$(BIN)/python -m pytest tests/faults tests/s3/test_kills.py -m 'faults or not faults' -s
+	$(BIN)/python -m pytest tests/faults tests/s3/test_kills.py -m 'faults or not faults' \
+		--numprocesses 2 --dist worksteal
 
 test-recipes: setup
 	$(BIN)/python -m pytest -m recipe -s

@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from killing import Job, Reference, hits, poll
 
-SEED = int(os.environ.get("MMRAY_FAULT_SEED") or random.SystemRandom().randrange(1_000_000))
+# In the environment, so that all processes which share the tests out draw the same kills.
+SEED = int(os.environ.setdefault("MMRAY_FAULT_SEED", str(random.SystemRandom().randrange(1_000_000))))
 NUM_KILLS = 100
-ROUNDS = int(os.environ.get("MMRAY_FAULT_ROUNDS") or 24)
+ROUNDS = int(os.environ.get("MMRAY_FAULT_ROUNDS") or 16)
 
 
 def pytest_collection_modifyitems(items):
@@ -38,9 +39,17 @@ def runs_all(config):
     return "or faults" in config.option.markexpr and not config.option.keyword
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Add up what the processes have hit that share the tests out."""
+    hits.update(getattr(node, "workeroutput", {}).get("hits", {}))
+
+
 def pytest_sessionfinish(session, exitstatus):
     """Hold `make test-faults` to what it promises: at least a hundred kills that hit."""
-    if runs_all(session.config) and exitstatus == 0 and sum(hits.values()) < NUM_KILLS:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["hits"] = dict(hits)
+    elif runs_all(session.config) and exitstatus == 0 and sum(hits.values()) < NUM_KILLS:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
