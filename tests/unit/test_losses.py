@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from mmray.errors import DataError
-from mmray.losses import MAX_CLASS_WEIGHT, MIN_CLASS_WEIGHT, binary_cross_entropy, class_weights
+from mmray.losses import (
+    MAX_CLASS_WEIGHT,
+    MIN_CLASS_WEIGHT,
+    asymmetric,
+    binary_cross_entropy,
+    class_weights,
+    focal,
+)
 
 light = settings(deadline=None, max_examples=50)
 
@@ -41,6 +48,57 @@ def test_loss_is_that_of_a_loop_over_entries(data):
     plain = binary_cross_entropy(*tensors[:2])
     everything = np.ones(shape)
     assert plain.item() == pytest.approx(loop(logits, targets, everything[0], everything), rel=1e-4, abs=1e-6)
+
+
+def focal_entry(logit, target):
+    """Lin et al. 2017, equation 4, for positives and negatives in turn."""
+    score = 1 / (1 + math.exp(-logit))
+    return -(target * (1 - score) ** 2 * math.log(score) + (1 - target) * score**2 * math.log(1 - score))
+
+
+def asymmetric_entry(logit, target):
+    """Ben-Baruch et al. 2021, equations 5 to 7, with gamma+ = 0, gamma- = 4 and m = 0.05."""
+    score = 1 / (1 + math.exp(-logit))
+    shifted = max(score - 0.05, 0)
+    return -(target * math.log(score) + (1 - target) * shifted**4 * math.log(1 - shifted))
+
+
+@light
+@given(st.data(), st.sampled_from([(focal, focal_entry), (asymmetric, asymmetric_entry)]))
+def test_other_losses_are_those_of_a_loop_over_entries(data, pair):
+    function, entry = pair
+    shape = data.draw(SHAPES)
+    logits = data.draw(arrays.arrays(np.float32, shape, elements=st.floats(-8, 8, width=32)))
+    targets = data.draw(arrays.arrays(np.float32, shape, elements=st.floats(0, 1, width=32)))
+    mask = data.draw(arrays.arrays(bool, shape))
+    kept = [entry(float(logits[place]), float(targets[place])) for place in map(tuple, np.argwhere(mask))]
+    expected = sum(kept) / len(kept) if kept else 0.0
+    tensors = [torch.from_numpy(array) for array in (logits, targets, mask)]
+    assert function(*tensors).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("function", [binary_cross_entropy, focal, asymmetric])
+def test_every_loss_falls_towards_the_targets_and_stays_finite(function):
+    targets = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    losses = [function(sure * (2 * targets - 1), targets).item() for sure in (-1e4, -3, 0, 3, 1e4)]
+    assert losses == sorted(losses, reverse=True)
+    assert math.isfinite(losses[0]) and losses[-1] == 0
+    logits = torch.tensor([[1e4, -1e4]], requires_grad=True)
+    function(logits, torch.tensor([[0.0, 1.0]])).backward()
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("function", [focal, asymmetric])
+def test_the_mean_is_over_labels_not_their_sum_and_masked_entries_have_no_gradient(function):
+    logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    targets = (logits.detach() > 0.3).float()
+    assert function(logits, targets).item() == pytest.approx(
+        function(logits.repeat(2, 4), targets.repeat(2, 4)).item()
+    )
+    mask = torch.zeros(5, 3)
+    mask[1, 2] = 1
+    function(logits, targets, mask=mask).backward()
+    assert (logits.grad != 0).tolist() == (mask != 0).tolist()
 
 
 def test_entries_left_out_have_no_gradient_and_no_say():
