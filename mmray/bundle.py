@@ -3,7 +3,7 @@
 config.json         schema version, model config, caption tower's config, sums of the files below
 model.safetensors   weights, float32
 labels.json         the vocabulary, in class order
-thresholds.json     the decision
+thresholds.json     the decision: calibration of the scores, and thresholds
 tokenizer/          as transformers saves it
 metrics.json        what validation measured
 README.md           the model card
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmray.config import ModelConfig, fingerprint, from_json
+from mmray.decisions import Calibration
 from mmray.errors import BundleError, ConfigError, DataError
 from mmray.schema import Vocabulary
 from mmray.storage import Folder
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from mmray.model import MultimodalModel
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 TOKENIZER_FILES = (".json", ".txt", ".model", ".jinja")
 
 
@@ -41,7 +42,8 @@ class Bundle:
     text_config: dict[str, Any]
     vocabulary: Vocabulary
     thresholds: np.ndarray
-    """float64 (L,)."""
+    """float64 (L,), of calibrated scores."""
+    calibration: Calibration
     tokenizer_files: dict[str, bytes] = field(repr=False)
     weights_sha256: str
     folder: Folder
@@ -54,7 +56,7 @@ class Bundle:
                 "model": asdict(self.model_config),
                 "text": self.text_config,
                 "labels": list(self.vocabulary.labels),
-                "thresholds": self.thresholds.tolist(),
+                **_decision(self.thresholds, self.calibration),
                 "tokenizer": _sums(self.tokenizer_files),
                 "weights": self.weights_sha256,
             }
@@ -75,7 +77,10 @@ class Bundle:
                     f"{uri}: schema version {config['schema_version']}, this mmray reads {SCHEMA_VERSION}"
                 )
             labels = _checked(folder, "labels.json", {"labels"})["labels"]
-            thresholds = np.array(_checked(folder, "thresholds.json", {"thresholds"})["thresholds"], float)
+            decision = _checked(folder, "thresholds.json", {"thresholds", "scales", "offsets"})
+            thresholds, scales, offsets = (
+                np.array(decision[name], float) for name in ("thresholds", "scales", "offsets")
+            )
             names = [name for name in config["sums"] if name.startswith("tokenizer/")]
             if any(name.count("/") > 1 for name in names):  # would be written somewhere else
                 raise BundleError(f"{uri}/config.json names {names}: a tokenizer's files stand in one folder")
@@ -94,9 +99,14 @@ class Bundle:
         for name, data in files.items():
             if hashlib.sha256(data).hexdigest() != config["sums"][f"tokenizer/{name}"]:
                 raise BundleError(f"{uri}/tokenizer/{name} is damaged: its sum is not the one in config.json")
-        if thresholds.shape != (len(vocabulary),):
-            raise BundleError(f"{uri}: {thresholds.size} thresholds for {len(vocabulary)} labels")
-        return cls(model_config, config["text_config"], vocabulary, thresholds, files, weights, folder)
+        for name, numbers in {"thresholds": thresholds, "scales": scales, "offsets": offsets}.items():
+            if numbers.shape != (len(vocabulary),):
+                raise BundleError(f"{uri}: {numbers.size} {name} for {len(vocabulary)} labels")
+        calibration = Calibration(scales, offsets)
+        return cls(
+            *(model_config, config["text_config"], vocabulary, thresholds, calibration),
+            *(files, weights, folder),
+        )
 
     def model(self) -> MultimodalModel:
         """Build the model with its weights, on the CPU, ready to label.
@@ -139,6 +149,7 @@ def save_bundle(
     text_config: dict[str, Any],
     vocabulary: Vocabulary,
     thresholds: np.ndarray,
+    calibration: Calibration,
     tokenizer_files: dict[str, bytes],
     weights: dict[str, Tensor],
     metrics: dict[str, Any],
@@ -152,7 +163,7 @@ def save_bundle(
     for name, content in tokenizer_files.items():
         folder.publish(f"tokenizer/{name}", content)
     folder.publish_json("labels.json", {"labels": list(vocabulary.labels)})
-    folder.publish_json("thresholds.json", {"thresholds": thresholds.tolist()})
+    folder.publish_json("thresholds.json", _decision(thresholds, calibration))
     folder.publish_json("metrics.json", metrics)
     folder.publish("README.md", card.encode())
     sums = {f"tokenizer/{name}": total for name, total in _sums(tokenizer_files).items()}
@@ -182,6 +193,11 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
         return {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir())}
+
+
+def _decision(thresholds: np.ndarray, calibration: Calibration) -> dict[str, list[float]]:
+    numbers = {"thresholds": thresholds, "scales": calibration.scales, "offsets": calibration.offsets}
+    return {name: array.tolist() for name, array in numbers.items()}
 
 
 def _sums(files: dict[str, bytes]) -> dict[str, str]:

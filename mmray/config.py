@@ -20,7 +20,7 @@ from mmray.uris import Prefixes
 Config = TypeVar("Config")
 
 FUSIONS = ("image", "text", "logits", "concat", "cross-attention")
-LOSSES = ("bce", "weighted-bce")
+LOSSES = ("bce", "weighted-bce", "focal", "asymmetric")
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str = "") -> Any:
@@ -163,6 +163,7 @@ class ScoringConfig:
     precision: str | None = option(
         None, "Arithmetic of the model [default: bf16 on GPU, else fp32].", choices=("fp32", "bf16")
     )
+    flip: bool = option(False, "Average over each image and its mirror image.", flag="--flip")
 
     def __post_init__(self) -> None:
         """Refuse what cannot compute."""

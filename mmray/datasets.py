@@ -155,7 +155,7 @@ def decode_rows(
 
     Returns:
         pixels: uint8 (B, S, S, 3); caption: str (B,); has_image, has_caption, valid: bool (B,);
-        targets: uint8 (B, L).
+        targets: float32 (B, L); mask: bool (B, L), of the labels that are known.
     """
     views: list[View | None] = [None] * block.num_rows
     if augmentation and block.num_rows:
@@ -170,13 +170,16 @@ def decode_rows(
     for index, row in enumerate(rows):
         if row.pixels is not None:
             pixels[index] = row.pixels
+    valid = np.array([row.status is not Status.FAILED for row in rows], bool)
+    targets = vocabulary.encode(block["labels"])
     return {
         "pixels": pixels,
         "caption": np.array([row.caption or "" for row in rows], object),
         "has_image": np.array([row.pixels is not None for row in rows], bool),
         "has_caption": np.array([row.caption is not None for row in rows], bool),
-        "valid": np.array([row.status is not Status.FAILED for row in rows], bool),
-        "targets": vocabulary.encode(block["labels"]),
+        "valid": valid,
+        "targets": targets.astype(np.float32),
+        "mask": np.repeat(valid[:, None], targets.shape[1], axis=1),
     }
 
 

@@ -80,8 +80,18 @@ def evaluate_model(
     columns: Columns | None = None,
     scoring: ScoringConfig | None = None,
     compute: ComputeConfig | None = None,
+    *,
+    hidden: str | None = None,
 ) -> dict[str, Any]:
     """Label rows whose labels are known, with the pipeline of `label_dataset`, and measure.
+
+    Args:
+        data_uri: Parquet rows with labels.
+        model_uri: the bundle.
+        columns: names of the input's columns.
+        scoring: how the model computes.
+        compute: where the work runs.
+        hidden: `image` or `caption`, to measure what the model makes of the other alone.
 
     Returns:
         `Counts.summary`.
@@ -104,7 +114,7 @@ def evaluate_model(
             yield _vector(rule.count(parcel.rows[output_name(columns.labels)], parcel.rows))
 
     with streaming():
-        scored = score_shards(rows.folder, work, Scorer(bundle, columns, config, pool))
+        scored = score_shards(rows.folder, work, Scorer(bundle, columns, config, pool, hidden=hidden))
         counts = scored.map_batches(count, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
         return rule.summary(_vectors(counts))
 

@@ -53,6 +53,7 @@ class Labeler:
         batch_size: int = 64,
         device: str | None = None,
         precision: str = "fp32",
+        flip: bool = False,
         num_threads: int | None = None,
         decode: Decode | None = None,
     ) -> None:
@@ -63,6 +64,7 @@ class Labeler:
             batch_size: rows that the model takes at once.
             device: such as `cpu` or `cuda` [default: a GPU if there is one].
             precision: `fp32` or `bf16`.
+            flip: average the logits of each image and of its mirror image.
             num_threads: decoding threads [default: torch's own number of threads].
             decode: what decodes a row, and keeps its own time [default: `decode_row`].
 
@@ -76,6 +78,7 @@ class Labeler:
         self.batch_size = batch_size
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = PRECISIONS[precision]
+        self.flip = flip
         self.model = bundle.model().to(self.device)
         self.tokenizer = bundle.tokenizer()
         self.decode = decode or decode_row
@@ -154,7 +157,9 @@ class Labeler:
         ).to(self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits = self.model(inputs)
-        return logits.float().sigmoid().cpu().numpy()
+            if self.flip:
+                logits = (logits + self.model(inputs._replace(pixels=inputs.pixels.flip(2)))) / 2
+        return self.bundle.calibration.scores(logits.float().cpu().numpy())
 
 
 def make_inputs(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,15 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from mmray.config import TrainConfig
-from mmray.losses import binary_cross_entropy, class_weights
+from mmray.losses import asymmetric, binary_cross_entropy, class_weights, focal
 from mmray.model import Inputs, MultimodalModel
 
 BASE_BATCH_SIZE = 64
 """Global batch that `learning_rate` is meant for."""
+
+
+Batches = Iterable[dict[str, Tensor]]
+"""Of the parts of `Inputs`, and of `targets`, `mask` and `valid`."""
 
 
 class Learner:
@@ -68,13 +72,13 @@ class Learner:
         """The model that is validated and kept: of averaged weights, if these are asked for."""
         return self.ema.module if self.ema else self.model
 
-    def step(self, inputs: Inputs, targets: Tensor, valid: Tensor) -> Tensor:
+    def step(self, inputs: Inputs, targets: Tensor, mask: Tensor) -> Tensor:
         """Take one step.
 
         Args:
             inputs: B rows.
-            targets: uint8 (B, L).
-            valid: bool (B,); other rows teach nothing.
+            targets: float32 (B, L), multi-hot or soft.
+            mask: bool (B, L); other labels of a row teach nothing.
 
         Returns:
             loss: float32, on the device, so that nothing waits for it.
@@ -84,7 +88,7 @@ class Learner:
             group["lr"] = self.rate()
         with self.autocast():
             logits = self.forward(inputs)
-        loss = binary_cross_entropy(logits, targets, self.pos_weight, mask=valid[:, None].float())
+        loss = self.loss(logits, targets, mask)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
@@ -94,6 +98,14 @@ class Learner:
             self.ema.update(self.model, self.num_steps)
         return loss.detach()
 
+    def loss(self, logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        """Compute the recipe's loss of logits (B, L): a float32 scalar."""
+        if self.config.loss == "focal":
+            return focal(logits, targets, mask)
+        if self.config.loss == "asymmetric":
+            return asymmetric(logits, targets, mask)
+        return binary_cross_entropy(logits, targets, self.pos_weight, mask)
+
     def rate(self) -> float:
         """Give the learning rate of the next step: linear warm-up, then a cosine to zero."""
         if self.num_steps < self.warmup_steps:
@@ -102,12 +114,12 @@ class Learner:
         return self.peak_rate * (1 + math.cos(math.pi * min(1.0, share))) / 2
 
     @torch.inference_mode()
-    def score(self, inputs: Inputs) -> np.ndarray:
-        """Score B rows with the averaged weights: float32 (B, L)."""
+    def logits(self, inputs: Inputs) -> np.ndarray:
+        """Give the logits of B rows with the averaged weights: float32 (B, L)."""
         model = self.averaged.eval()
         with self.autocast():
             logits = model(inputs)
-        return logits.float().sigmoid().cpu().numpy()
+        return logits.float().cpu().numpy()
 
     def autocast(self) -> Any:
         """Compute in bf16 on a GPU, in float32 elsewhere."""
@@ -130,6 +142,11 @@ class Learner:
         progress: dict[str, Any] = json.loads((folder / "progress.json").read_text())
         self.num_steps = progress["num_steps"]
         return progress
+
+
+def inputs_of(batch: dict[str, Tensor], device: torch.device) -> Inputs:
+    """Take the model's inputs out of a batch."""
+    return Inputs(**{name: batch[name] for name in Inputs._fields}).to(device)
 
 
 def freeze_unused(model: MultimodalModel, image_size: int) -> list[str]:

@@ -118,6 +118,7 @@ def labeling_settings(bundle: Bundle, columns: Columns, config: LabelConfig) -> 
         "image_size": bundle.model_config.image_size,
         "decoder": DECODER,
         "precision": config.precision,
+        "flip": config.flip,
         "scores": config.scores,
         "limit": config.limit,
         "retry_of": None,

@@ -50,6 +50,8 @@ class Scorer(NamedTuple):
     pool: Pool
     earlier: Folder | None = None
     """A finished output of which only the failed rows are labeled again."""
+    hidden: str | None = None
+    """`image` or `caption`: what the model is not shown of any row."""
 
 
 def score_shards(folder: Folder, work: Work, scorer: Scorer) -> ray.data.Dataset:
@@ -185,7 +187,7 @@ class ScoreShards:
         from mmray.labeler import Labeler
         from mmray.tables import TableLabeler
 
-        bundle, columns, config, pool, _ = scorer
+        bundle, columns, config, pool, _, hidden = scorer
         torch.set_num_threads(pool.num_threads)  # Ray sets one thread for each CPU that was asked for
         assert config.precision is not None
         self.refusal: Exception | None = None
@@ -196,10 +198,11 @@ class ScoreShards:
                 bundle,
                 batch_size=config.batch_size,
                 precision=config.precision,
+                flip=config.flip,
                 num_threads=pool.num_threads,
                 decode=IsolatedDecoder() if isolated else None,
             )
-            self.label = TableLabeler(labeler, columns, KeptScores.parse(config.scores))
+            self.label = TableLabeler(labeler, columns, KeptScores.parse(config.scores), hidden)
         except Exception as error:
             self.refusal = error
 

@@ -15,9 +15,11 @@ from mmray.schema import KeptScores, Status, output_schema, passthrough_names, p
 class TableLabeler:
     """Labels tables."""
 
-    def __init__(self, labeler: Labeler, columns: Columns, kept: KeptScores) -> None:
-        """Take what labels, the names of the input's columns, and the scores that are to be kept."""
-        self.labeler, self.columns, self.kept = labeler, columns, kept
+    def __init__(
+        self, labeler: Labeler, columns: Columns, kept: KeptScores, hidden: str | None = None
+    ) -> None:
+        """Take what labels, names of columns, the scores to keep, and which of image and caption to hide."""
+        self.labeler, self.columns, self.kept, self.hidden = labeler, columns, kept, hidden
         self.fingerprint = labeler.bundle.fingerprint
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -30,6 +32,10 @@ class TableLabeler:
         rows = rows.drop_columns(DAMAGE)
         images = image_values(rows[self.columns.image])
         captions = text_values(rows[self.columns.caption])
+        if self.hidden == "image":
+            images = [None] * len(images)
+        if self.hidden == "caption":
+            captions = [None] * len(captions)
         for row in (damaged := [row for row, reason in enumerate(damage) if reason]):
             images[row] = captions[row] = None
         labeled = self.labeler(images, captions)

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -30,6 +29,7 @@ from ray.util.queue import Queue
 
 from mmray.bundle import Bundle, save_bundle, tokenizer_files
 from mmray.captions import load_tokenizer, train_tokenizer
+from mmray.card import model_card
 from mmray.config import Columns, ComputeConfig, ModelConfig, TrainConfig, Workers, differences, fingerprint
 from mmray.datasets import ExactValidation, Rows, count_labels, decode_rows, sample_captions
 from mmray.errors import ConfigError, DataError, OutputError
@@ -38,6 +38,7 @@ from mmray.model import build_model, describe_encoder
 from mmray.progress import Progress
 from mmray.schema import Vocabulary
 from mmray.storage import Folder
+from mmray.validation import Validation
 from mmray.worker import Start, TrainJob, train_worker
 
 log = logging.getLogger(__name__)
@@ -280,44 +281,18 @@ def save_best(
     with best.as_directory() as folder:
         weights = safetensors.torch.load_file(Path(folder) / "averaged.safetensors")
         state = json.loads((Path(folder) / "progress.json").read_text())
-    metrics = state["metrics"]
+        settled = Validation.load(Path(folder)).settle(job.start.vocabulary)
+    metrics = settled.metrics | {name: state["metrics"][name] for name in ("epoch", "loss", "seconds")}
     bundle = save_bundle(
         output,
         model_config=job.model,
         text_config=job.start.text_config,
         vocabulary=job.start.vocabulary,
-        thresholds=np.full(len(job.start.vocabulary), metrics["threshold"]),
+        thresholds=settled.thresholds,
+        calibration=settled.calibration,
         tokenizer_files=job.start.tokenizer_files,
         weights=weights,
         metrics=metrics,
-        card=model_card(job, metrics, rows.num_rows),
+        card=model_card(job.model, metrics, rows.num_rows),
     )
     return bundle, metrics
-
-
-def model_card(job: TrainJob, metrics: dict[str, Any], num_rows: int) -> str:
-    """Say in Markdown what a bundle is, how good it is, and how to use it."""
-    lines = [
-        "# Model card",
-        "",
-        f"Labels images with captions: {len(job.start.vocabulary)} labels, several a row. Made by mmray "
-        f"{version('mmray')}.",
-        "",
-        f"- Image tower {job.model.vision} at {job.model.image_size} px, caption tower {job.model.text}, "
-        f"fusion {job.model.fusion}.",
-        f"- Trained on {num_rows:,} rows; epoch {metrics['epoch']} was the best.",
-        f"- On {metrics['num_rows']:,} validation rows: sample F1 {metrics['sample_f1']:.3f}, "
-        f"mAP {metrics['map']:.3f}, macro F1 {metrics['macro_f1']:.3f}, at threshold {metrics['threshold']}, "
-        "which these same rows chose.",
-        "",
-        "| label | precision | recall | F1 | AP | rows |",
-        "|---|---|---|---|---|---|",
-    ]
-    for label, entry in metrics["by_label"].items():
-        average = "" if entry["ap"] is None else f"{entry['ap']:.3f}"
-        lines.append(
-            f"| {label} | {entry['precision']:.3f} | {entry['recall']:.3f} | {entry['f1']:.3f} | {average} "
-            f"| {entry['support']} |"
-        )
-    use = "python jobs/label.py --input DATA --model THIS_FOLDER --output LABELED"
-    return "\n".join([*lines, "", "Label with it:", "", f"    {use}", ""])

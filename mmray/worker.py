@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import numpy as np
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed
 from ray.data.collate_fn import NumpyBatchCollateFn
 from ray.util.queue import Queue
 from torch import Tensor
@@ -21,16 +19,13 @@ from torch import Tensor
 from mmray.bundle import tokenizer_of
 from mmray.captions import tokenize
 from mmray.config import ModelConfig, TrainConfig
-from mmray.decisions import decide
-from mmray.learner import Learner, drop_modalities, drop_words, freeze_unused
-from mmray.metrics import Counts
-from mmray.model import Inputs, build_model
+from mmray.learner import Batches, Learner, drop_modalities, drop_words, freeze_unused, inputs_of
+from mmray.model import build_model
 from mmray.schema import Vocabulary
+from mmray.validation import Validation, add_up
 
 SHUFFLE_BUFFER_BYTES = 256 << 20
 NEWS_INTERVAL_S = 0.5
-
-Batches = Iterable[dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,8 @@ def train_worker(config: dict[str, Any]) -> None:
         torch.manual_seed(job.train.seed + 1_000_003 * epoch + rank)
         started = time.monotonic()
         loss = train_epoch(learner, news.about(batches, epoch, num_steps), collate.tokenizer)
-        metrics = validate(learner, val.iter_torch_batches(**stream), job.start.vocabulary)
+        validation = Validation.of(learner, val.iter_torch_batches(**stream), len(job.start.vocabulary))
+        metrics = validation.measure(job.start.vocabulary, learner.device)
         metrics |= {"epoch": epoch, "loss": loss, "seconds": time.monotonic() - started}
         better = metrics["sample_f1"] > state["best"]
         state = {
@@ -102,7 +98,7 @@ def train_worker(config: dict[str, Any]) -> None:
             f"mAP {metrics['map']:.4f}, macro F1 {metrics['macro_f1']:.4f} ({metrics['seconds']:.0f} s)"
             + (" *" if better else "")
         )
-        report(learner, state, rank)
+        report(learner, state, validation.gathered(), rank)
 
 
 def make_learner(job: TrainJob, steps_per_epoch: int, world_size: int) -> Learner:
@@ -131,51 +127,18 @@ def train_epoch(learner: Learner, batches: Batches, tokenizer: Any) -> float:
         inputs = drop_modalities(inputs_of(batch, learner.device), config.modality_dropout, generator)
         if mask_id is not None:
             inputs = drop_words(inputs, config.word_dropout, mask_id, special_ids, generator)
-        loss = learner.step(inputs, batch["targets"].to(learner.device), batch["valid"].to(learner.device))
+        loss = learner.step(inputs, batch["targets"].to(learner.device), batch["mask"].to(learner.device))
         total += torch.stack([loss, torch.ones_like(loss)])
     add_up(total)
     return float(total[0] / total[1].clamp(min=1))
 
 
-def validate(learner: Learner, batches: Batches, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Measure the averaged weights on all workers' validation rows together.
-
-    The threshold of best sample F1 is chosen first, then everything is measured at it. Rows that could not
-    be labeled count as rows without a label. What is reduced over workers are counts, so that their number
-    makes no difference.
-
-    Returns:
-        `Counts.summary`, and the `threshold`.
-    """
-    if (
-        torch.distributed.is_initialized()
-    ):  # batch norm saw other rows on each worker: all take the first one's
-        for buffer in learner.averaged.buffers():
-            torch.distributed.broadcast(buffer, 0)
-    num_labels = len(vocabulary)
-    parts = [(np.zeros((0, num_labels), np.float32), np.zeros((0, num_labels), np.uint8), np.zeros(0, bool))]
-    for batch in batches:
-        scores = learner.score(inputs_of(batch, learner.device))
-        parts.append((scores, batch["targets"].numpy(), batch["valid"].numpy()))
-    scores, targets, valid = (np.concatenate(part) for part in zip(*parts, strict=True))
-    scores = scores * valid[:, None]
-
-    def count(threshold: float) -> Counts:
-        decided, fell_back = decide(scores, np.full(num_labels, threshold))
-        counts = Counts.of(scores, targets.astype(bool), decided & valid[:, None], fell_back & valid)
-        vector = torch.from_numpy(counts.to_vector()).to(learner.device)
-        add_up(vector)
-        return Counts.from_vector(vector.cpu().numpy(), num_labels)
-
-    threshold = count(0.5).best_threshold()
-    return count(threshold).summary(vocabulary.labels) | {"threshold": threshold}
-
-
-def report(learner: Learner, state: dict[str, Any], rank: int) -> None:
+def report(learner: Learner, state: dict[str, Any], validation: Validation, rank: int) -> None:
     """Tell Ray Train of an epoch, with a checkpoint by the first worker."""
     with tempfile.TemporaryDirectory() as folder:
         if rank == 0:
             learner.save(Path(folder), state)
+            validation.save(Path(folder))
         metrics = {name: state["metrics"][name] for name in ("epoch", "sample_f1", "map", "loss")}
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint(folder) if rank == 0 else None)
 
@@ -216,17 +179,6 @@ class Collate(NumpyBatchCollateFn):
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
 
 
-def inputs_of(batch: dict[str, Tensor], device: torch.device) -> Inputs:
-    """Take the model's inputs out of a batch."""
-    return Inputs(**{name: batch[name] for name in Inputs._fields}).to(device)
-
-
 def shuffle_buffer_rows(image_size: int, batch_size: int) -> int:
     """Size the buffer that rows are drawn from: as many as 256 MiB hold, and at least four batches."""
     return max(4 * batch_size, min(8192, SHUFFLE_BUFFER_BYTES // (3 * image_size**2)))
-
-
-def add_up(tensor: Tensor) -> None:
-    """Sum a tensor over all workers, in place."""
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(tensor)

@@ -116,6 +116,7 @@ def make_bundle(draw_rows: Callable[..., pa.Table]) -> Callable[..., str]:
         from mmray.bundle import save_bundle, tokenizer_files
         from mmray.captions import train_tokenizer
         from mmray.config import ModelConfig
+        from mmray.decisions import Calibration
         from mmray.labeler import Labeler
         from mmray.model import build_model, describe_encoder
         from mmray.schema import Vocabulary
@@ -143,6 +144,7 @@ def make_bundle(draw_rows: Callable[..., pa.Table]) -> Callable[..., str]:
             "model_config": config,
             "text_config": text_config,
             "vocabulary": Vocabulary(labels),
+            "calibration": Calibration(np.linspace(0.8, 1.2, len(labels)), np.full(len(labels), 0.1)),
             "tokenizer_files": tokenizer_files(tokenizer),
             "weights": model.state_dict(),
             "metrics": {},

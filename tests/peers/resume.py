@@ -46,6 +46,7 @@ import pyarrow.parquet as pq
 from mmray.bundle import Bundle, save_bundle, tokenizer_files
 from mmray.captions import train_tokenizer
 from mmray.config import Columns, LabelConfig, ModelConfig
+from mmray.decisions import Calibration
 from mmray.labeler import Labeler
 from mmray.lease import LEASE, this_process
 from mmray.model import build_model, describe_encoder
@@ -152,6 +153,7 @@ def make_bundle(folder: Folder, captions: list[str]) -> Bundle:
         text_config=text_config,
         vocabulary=labels,
         thresholds=np.full(len(labels), 0.5),
+        calibration=Calibration.identity(len(labels)),
         tokenizer_files=tokenizer_files(tokenizer),
         weights=build_model(config, len(labels), text_config).state_dict(),
         metrics={},

@@ -11,6 +11,7 @@ import torch
 from mmray.bundle import Bundle, save_bundle, tokenizer_files
 from mmray.captions import tokenize, train_tokenizer
 from mmray.config import ModelConfig
+from mmray.decisions import Calibration
 from mmray.errors import BundleError
 from mmray.labeler import make_inputs
 from mmray.model import build_model, describe_encoder
@@ -46,6 +47,7 @@ def parts():
         "text_config": text_config,
         "vocabulary": Vocabulary(("bus", "cat", "dog")),
         "thresholds": np.array([0.5, 0.1, 1 / 3]),
+        "calibration": Calibration(np.array([1.5, 1.0, 1 / 3]), np.array([0.0, -0.1, 2.0])),
         "tokenizer_files": tokenizer_files(tokenizer),
         "weights": model.state_dict(),
         "metrics": {"sample_f1": 0.5},
@@ -76,6 +78,8 @@ def test_a_loaded_bundle_scores_as_what_was_saved(folder, parts):
     assert scores.std() > 0
     assert loaded.vocabulary == parts["vocabulary"]
     assert loaded.thresholds.tolist() == parts["thresholds"].tolist()
+    assert loaded.calibration.scales.tolist() == parts["calibration"].scales.tolist()
+    assert loaded.calibration.offsets.tolist() == parts["calibration"].offsets.tolist()
 
 
 def test_a_bundle_never_fetches_what_it_holds(folder, parts):
@@ -95,6 +99,7 @@ def changed_weights(parts):
 
 CHANGES = {
     "thresholds": lambda parts: np.array([0.5, 0.1, 0.34]),
+    "calibration": lambda parts: Calibration(np.array([1.5, 1.0, 1 / 3]), np.array([0.0, -0.1, 2.1])),
     "weights": changed_weights,
     "vocabulary": lambda parts: Vocabulary(("bus", "cat", "dogs")),
     "tokenizer_files": lambda parts: tokenizer_files(train_tokenizer(["other words"] * 2)),
@@ -171,7 +176,7 @@ def test_nothing_at_all_is_no_bundle(folder):
 def test_another_schema_version_is_refused_with_both(folder, parts):
     save_bundle(folder, **parts)
     edit(folder, "config.json", schema_version=99)
-    assert "99" in refusal(folder) and "reads 1" in refusal(folder)
+    assert "99" in refusal(folder) and "reads 2" in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +206,8 @@ def test_another_schema_version_is_refused_with_both(folder, parts):
         ("thresholds.json", {"thresholds": [0.5, 0.5]}),
         ("thresholds.json", {"thresholds": [0.5] * 4}),
         ("thresholds.json", {"thresholds": 0.5}),
+        ("thresholds.json", {"scales": [1, 1]}),
+        ("thresholds.json", {"offsets": ["half", 0, 0]}),
         ("thresholds.json", {"thresholds": [0.5, "half", 0.5]}),
         ("thresholds.json", {"thresholds": [[0.5], [0.5], [0.5]]}),
     ],

@@ -5,9 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from scipy import optimize
 
-from mmray.decisions import decide
+from mmray.decisions import CALIBRATION_PRIOR, Calibration, decide, tune_thresholds
 from mmray.errors import ConfigError
+from mmray.metrics import THRESHOLDS, Counts
 
 light = settings(deadline=None, max_examples=50)
 
@@ -97,3 +99,109 @@ def test_scores_are_left_as_they_were():
     scores, thresholds = np.array([[0.1, 0.2]], dtype=np.float32), np.array([0.5, 0.5])
     decide(scores, thresholds)
     assert scores.tolist() == np.array([[0.1, 0.2]], dtype=np.float32).tolist()
+
+
+@pytest.fixture(scope="module")
+def validation():
+    """Give logits and targets of 1,500 rows: five labels, each off scale in its own way, the last rare."""
+    generator = np.random.default_rng(0)
+    shares = np.array([0.6, 0.3, 0.1, 0.05, 0.005])
+    truth = generator.random((1500, 5)) < shares
+    evidence = generator.normal(size=truth.shape) + np.where(truth, 1.5, -1.5)  # its log odds are 3 times it
+    logits = 3 * evidence + np.log(shares / (1 - shares))
+    return (logits * [0.4, 2.5, 1.0, 1.0, 0.7] + [0.5, -1.0, 0.0, 2.0, -0.5]).astype(np.float32), truth
+
+
+def log_loss(scores, targets):
+    scores = np.clip(scores.astype(np.float64), 1e-12, 1 - 1e-12)
+    return -np.where(targets, np.log(scores), np.log1p(-scores)).sum(axis=0)
+
+
+def ece(scores, targets):
+    decided, _ = decide(scores, np.full(scores.shape[1], 0.5))
+    return Counts.of(scores, targets, decided).summary(range(scores.shape[1]))["ece"]
+
+
+def test_calibration_finds_the_line_that_scipy_finds(validation):
+    logits, targets = validation
+    calibration = Calibration.fit(logits, targets)
+    for label, (x, y) in enumerate(zip(logits.T.astype(np.float64), targets.T, strict=True)):
+
+        def loss(line, x=x, y=y):
+            z = line[0] * x + line[1]
+            prior = CALIBRATION_PRIOR / 2 * ((line[0] - 1) ** 2 + line[1] ** 2)
+            return (np.logaddexp(0, z) - y * z).sum() + prior
+
+        oracle = optimize.minimize(loss, [1, 0]).x
+        assert (calibration.scales[label], calibration.offsets[label]) == pytest.approx(oracle, abs=1e-3)
+
+
+def test_calibration_makes_scores_mean_what_they_say_also_on_rows_that_it_has_not_seen(validation):
+    logits, targets = validation
+    identity, fitted = Calibration.identity(5), Calibration.fit(logits[::2], targets[::2])
+    assert (
+        ece(fitted.scores(logits[1::2]), targets[1::2])
+        < ece(identity.scores(logits[1::2]), targets[1::2]) / 3
+    )
+
+
+@light
+@given(decisions(), st.data())
+def test_calibration_never_raises_the_loss_it_is_fitted_to_nor_changes_an_order(drawn, data):
+    scores, _ = drawn
+    logits = (20 * (scores - 0.5)).astype(np.float32)
+    targets = data.draw(arrays.arrays(bool, scores.shape))
+    calibration = Calibration.fit(logits, targets)
+    assert np.isfinite([calibration.scales, calibration.offsets]).all()
+    assert (calibration.scales > 0).all()
+    before = log_loss(Calibration.identity(scores.shape[1]).scores(logits), targets)
+    assert (log_loss(calibration.scores(logits), targets) <= before + 1e-4).all()
+
+
+def test_a_label_that_no_row_bears_and_logits_without_a_meaning_keep_finite_lines():
+    logits = np.random.default_rng(0).normal(size=(200, 2)).astype(np.float32)
+    targets = np.zeros((200, 2), bool)
+    targets[:, 1] = logits[:, 1] < 0  # just the other way round
+    calibration = Calibration.fit(logits, targets)
+    assert (calibration.scales[1], calibration.offsets[1]) == (1, 0)
+    assert calibration.offsets[0] < 0 < calibration.scales[0]
+
+
+def test_scores_of_extreme_logits_are_0_and_1():
+    logits = np.array([[-1e30, -1e4, 0, 1e4, 1e30]], np.float32)
+    assert Calibration.identity(5).scores(logits).tolist() == [[0, 0, 0.5, 1, 1]]
+
+
+def sample_f1(scores, targets, thresholds):
+    decided, fell_back = decide(scores, thresholds)
+    return Counts.of(scores, targets, decided, fell_back).summary(range(scores.shape[1]))
+
+
+def test_tuned_thresholds_are_better_where_labels_differ_and_a_rare_label_stays_near_the_others(validation):
+    logits, targets = validation
+    scores = Calibration.identity(5).scores(logits)
+    tuned = tune_thresholds(scores[::2], targets[::2])
+    single = max(
+        THRESHOLDS, key=lambda each: sample_f1(scores[::2], targets[::2], np.full(5, each))["sample_f1"]
+    )
+    found, before = (sample_f1(scores[1::2], targets[1::2], each) for each in (tuned, np.full(5, single)))
+    assert found["sample_f1"] + found["macro_f1"] > before["sample_f1"] + before["macro_f1"] + 0.01
+    assert np.ptp(tuned) > 0.1
+
+
+@light
+@given(decisions(), st.data())
+def test_tuning_never_worsens_the_rows_it_tunes_on_whatever_their_order(drawn, data):
+    scores, _ = drawn
+    targets = data.draw(arrays.arrays(bool, scores.shape))
+    tuned = tune_thresholds(scores, targets)
+    assert ((tuned >= 0) & (tuned <= 1)).all()
+    best = max(sample_f1(scores, targets, np.full(len(tuned), each))["sample_f1"] for each in THRESHOLDS)
+    assert sample_f1(scores, targets, tuned)["sample_f1"] >= best - 1e-9
+
+
+def test_tuning_does_not_depend_on_the_order_of_rows(validation):
+    logits, targets = validation
+    scores = Calibration.identity(5).scores(logits)
+    order = np.random.default_rng(1).permutation(len(scores))
+    assert np.allclose(tune_thresholds(scores, targets), tune_thresholds(scores[order], targets[order]))

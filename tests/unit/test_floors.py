@@ -29,7 +29,7 @@ FLOORS = [
             "progress",
         ),
         *("images", "captions", "decoding", "model", "losses", "metrics", "decisions", "bundle", "planning"),
-        *("labeler", "isolation", "tables", "learner", "cli"),
+        *("labeler", "isolation", "tables", "learner", "validation", "card", "cli"),
     ],
     # 2: on Ray Data and Ray Train
     ["datasets", "worker", "training", "scoring", "committing", "labeling", "verify"],

@@ -5,22 +5,25 @@ import warnings
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mmray.bundle import save_bundle, tokenizer_files
 from mmray.captions import tokenize, train_tokenizer
-from mmray.config import FUSIONS, ModelConfig
-from mmray.decisions import decide
+from mmray.config import FUSIONS, Columns, ModelConfig
+from mmray.decisions import Calibration, decide
 from mmray.errors import BundleError, ConfigError
 from mmray.images import decode_image
 from mmray.labeler import Labeler, decode_row, make_inputs
 from mmray.model import build_model, describe_encoder
-from mmray.schema import Status, Vocabulary
+from mmray.rowgroups import DAMAGE
+from mmray.schema import KeptScores, Status, Vocabulary
 from mmray.storage import Folder
+from mmray.tables import TableLabeler
 
 SIZE_PX = 32
 CAPTIONS = [
@@ -77,6 +80,7 @@ def labelers(tmp_path_factory):
             text_config=text_config,
             vocabulary=Vocabulary(LABELS),
             thresholds=np.full(len(LABELS), 0.5),
+            calibration=Calibration.identity(len(LABELS)),
             tokenizer_files=tokenizer_files(TOKENIZER),
             weights=build_model(config, len(LABELS), text_config).state_dict(),
             metrics={},
@@ -250,6 +254,53 @@ def test_half_precision_gives_nearly_the_same_scores(labelers):
     half = like(labeler, precision="bf16")(IMAGES, CAPTIONS)
     assert half.scores.dtype == np.float32
     assert np.allclose(half.scores, labeler(IMAGES, CAPTIONS).scores, atol=0.03)
+
+
+def test_scores_are_calibrated(labelers):
+    plain = labelers["concat"]
+    calibration = Calibration(np.array([2.0, 1.0, 0.5, 1.0]), np.array([0.0, -1.0, 0.0, 0.0]))
+    fitted = like(plain, bundle=replace(plain.bundle, calibration=calibration))
+    before, after = (each(IMAGES, CAPTIONS).scores.astype(np.float64) for each in (plain, fitted))
+    logits = np.log(before) - np.log1p(-before)
+    expected = 1 / (1 + np.exp(-(logits * calibration.scales + calibration.offsets)))
+    assert np.allclose(after, expected, atol=1e-5)
+
+
+def mirrored(data):
+    buffer = io.BytesIO()
+    ImageOps.mirror(Image.open(io.BytesIO(data))).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("fusion", ["image", "cross-attention"])
+def test_flip_averaging_sees_an_image_and_its_mirror_image_alike(labelers, fusion):
+    plain, flipping = labelers[fusion], like(labelers[fusion], flip=True)
+    mirror_images = [mirrored(data) for data in IMAGES]
+    one, other = flipping(IMAGES, CAPTIONS).scores, flipping(mirror_images, CAPTIONS).scores
+    assert np.allclose(one, other, atol=1e-5)
+    logits = [np.log(s) - np.log1p(-s) for s in (plain(i, CAPTIONS).scores for i in (IMAGES, mirror_images))]
+    assert not np.allclose(*logits, atol=1e-3)
+    assert np.allclose(np.log(one) - np.log1p(-one), np.mean(logits, axis=0), atol=1e-4)
+
+
+def table(images, captions):
+    return pa.table(
+        {
+            "image": pa.array(images, pa.binary()),
+            "caption": captions,
+            DAMAGE: pa.nulls(len(images), pa.string()),
+        }
+    )
+
+
+@pytest.mark.parametrize("hidden", ["image", "caption"])
+def test_what_is_hidden_is_as_if_it_were_not_there(labelers, hidden):
+    kept, nothing = KeptScores.parse("all"), [None] * 4
+    label = TableLabeler(labelers["concat"], Columns(), kept)
+    hiding = TableLabeler(labelers["concat"], Columns(), kept, hidden)
+    shown = label(table(nothing, CAPTIONS) if hidden == "image" else table(IMAGES, nothing))
+    for name in ("scores", "status", "predicted_labels"):
+        assert hiding(table(IMAGES, CAPTIONS))[name].to_pylist() == shown[name].to_pylist()
 
 
 def test_an_unknown_precision_is_refused_by_name(labelers):

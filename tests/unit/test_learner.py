@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mmray.config import FUSIONS, ModelConfig, TrainConfig
 from mmray.learner import BASE_BATCH_SIZE, Learner, drop_modalities, drop_words, freeze_unused
-from mmray.losses import binary_cross_entropy
+from mmray.losses import asymmetric, binary_cross_entropy, focal
 from mmray.model import Inputs, build_model, describe_encoder
 
 SIZE_PX = 64
@@ -52,7 +52,7 @@ def learner(train=TRAIN, steps_per_epoch=10, world_size=1, model=None):
 
 
 def batch(num_rows=8, seed=0):
-    """Draw rows, all of them complete, and their targets."""
+    """Draw rows, all of them complete, their targets, and a mask that knows all labels."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.ones(num_rows, dtype=torch.bool)
     inputs = Inputs(
@@ -62,8 +62,8 @@ def batch(num_rows=8, seed=0):
         torch.ones(num_rows, 5, dtype=torch.int64),
         rows,
     )
-    targets = torch.randint(0, 2, (num_rows, NUM_LABELS), generator=generator, dtype=torch.uint8)
-    return inputs, targets, rows
+    targets = torch.randint(0, 2, (num_rows, NUM_LABELS), generator=generator).float()
+    return inputs, targets, torch.ones(num_rows, NUM_LABELS, dtype=torch.bool)
 
 
 def state_of(model):
@@ -83,7 +83,7 @@ def test_the_loss_of_a_batch_falls_as_it_is_learned(fusion):
     assert np.isfinite(losses).all()
     assert np.mean(losses[-3:]) < 0.5 * np.mean(losses[:3])
     inputs, targets, _ = batch()
-    assert ((learning.score(inputs) > 0.5) == targets.numpy().astype(bool)).mean() > 0.9
+    assert ((learning.logits(inputs) > 0) == targets.numpy().astype(bool)).mean() > 0.9
 
 
 def rates(learning, num_steps):
@@ -114,6 +114,30 @@ def test_the_rate_grows_with_the_square_root_of_the_global_batch():
     assert learner(replace(TRAIN, batch_size_per_worker=BASE_BATCH_SIZE // 4)).peak_rate == pytest.approx(
         5e-4
     )
+
+
+GOLDEN = [
+    *(0.667646, 0.640112, 0.638086, 0.712597, 0.585248, 0.502635, 0.503404, 0.545750, 0.475220, 0.444288),
+    *(0.479128, 0.525041, 0.399621, 0.466993, 0.410869, 0.363975, 0.408150, 0.347596, 0.466201, 0.397455),
+]
+"""Losses of 20 steps on one thread: a change that should not change learning leaves them as they are."""
+
+
+def test_the_loss_curve_is_the_golden_one():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        torch.manual_seed(0)
+        learning = learner(replace(TRAIN, epochs=5), steps_per_epoch=4)
+        generator = torch.Generator().manual_seed(0)
+        losses = []
+        for step in range(20):
+            inputs, targets, mask = batch(seed=step % 4)
+            inputs = drop_modalities(inputs, 0.2, generator)
+            losses.append(learning.step(inputs, targets, mask).item())
+    finally:
+        torch.set_num_threads(threads)
+    assert losses == pytest.approx(GOLDEN, rel=1e-4)
 
 
 def test_a_step_takes_the_rate_of_the_schedule():
@@ -147,17 +171,17 @@ def test_averaged_weights_follow_the_weights_and_never_run_ahead():
     assert not torch.equal(average, learning.model.state_dict()[name])
 
 
-def test_scores_are_those_of_the_averaged_weights():
+def test_logits_are_those_of_the_averaged_weights():
     learning = learner(replace(TRAIN, ema_decay=0.9))
     for seed in range(3):
         learning.step(*batch(seed=seed))
     inputs = batch()[0]
     with torch.inference_mode():
-        averaged = learning.averaged.eval()(inputs).sigmoid().numpy()
-        latest = learning.model.eval()(inputs).sigmoid().numpy()
-    scores = learning.score(inputs)
-    assert scores.dtype == np.float32 and np.allclose(scores, averaged)
-    assert not np.allclose(scores, latest, atol=1e-6)
+        averaged = learning.averaged.eval()(inputs).numpy()
+        latest = learning.model.eval()(inputs).numpy()
+    logits = learning.logits(inputs)
+    assert logits.dtype == np.float32 and np.allclose(logits, averaged, atol=1e-6)
+    assert not np.allclose(logits, latest, atol=1e-6)
 
 
 def test_without_averaging_the_weights_themselves_are_kept():
@@ -201,31 +225,30 @@ def test_a_checkpoint_that_calls_code_is_not_loaded(tmp_path):
         learning.load(tmp_path)
 
 
-def test_rows_that_are_not_valid_teach_nothing():
-    inputs, targets, rows = batch()
-    valid = rows.clone()
-    valid[4:] = False
+def test_what_the_mask_leaves_out_teaches_nothing():
+    inputs, targets, mask = batch()
+    mask[4:] = False
     one, other = learner(model=built(vision="test_vit")), learner(model=built(vision="test_vit"))
     torch.manual_seed(0)
-    loss = one.step(inputs, targets, valid)
+    loss = one.step(inputs, targets, mask)
     targets[4:] = 1 - targets[4:]
     inputs.pixels[4:] = 0
     torch.manual_seed(0)
-    assert torch.equal(other.step(inputs, targets, valid), loss)
+    assert torch.equal(other.step(inputs, targets, mask), loss)
     assert equal(state_of(one.model), state_of(other.model))
 
 
 def test_a_batch_without_a_valid_row_moves_no_weight_but_by_decay():
     learning = learner(replace(TRAIN, weight_decay=0.0))
     before = state_of(learning.model)
-    inputs, targets, rows = batch()
-    assert learning.step(inputs, targets, ~rows) == 0
+    inputs, targets, mask = batch()
+    assert learning.step(inputs, targets, ~mask) == 0
     for name, weight in learning.model.named_parameters():
         assert torch.equal(weight, before[name])
 
 
-def test_rare_labels_weigh_more_where_the_loss_is_weighted():
-    inputs, targets, rows = batch()
+def test_the_loss_is_the_recipes_and_rare_labels_weigh_more_where_it_is_weighted():
+    inputs, targets, mask = batch()
     model = built(vision="test_vit").eval()
     with torch.inference_mode():
         logits = model(inputs)
@@ -233,7 +256,7 @@ def test_rare_labels_weigh_more_where_the_loss_is_weighted():
     def loss_of(kind):
         learning = learner(replace(TRAIN, loss=kind), model=model)
         learning.forward = lambda inputs: logits.clone().requires_grad_()
-        return learning, learning.step(inputs, targets, rows)
+        return learning, learning.step(inputs, targets, mask)
 
     plain, weighted = loss_of("bce"), loss_of("weighted-bce")
     assert plain[0].pos_weight is None
@@ -241,6 +264,8 @@ def test_rare_labels_weigh_more_where_the_loss_is_weighted():
     weights = weighted[0].pos_weight
     assert weights.argmax() == POSITIVES.argmin()
     assert weighted[1] == pytest.approx(binary_cross_entropy(logits, targets, weights).item())
+    for name, function in {"focal": focal, "asymmetric": asymmetric}.items():
+        assert loss_of(name)[1] == pytest.approx(function(logits, targets).item())
 
 
 def test_a_wrapped_model_is_what_steps_run():

@@ -1,0 +1,128 @@
+"""What averaged weights make of validation rows, over all workers: metrics, calibration, thresholds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.numpy
+import torch
+import torch.distributed
+from torch import Tensor
+
+from mmray.decisions import Calibration, decide, tune_thresholds
+from mmray.learner import Batches, Learner, inputs_of
+from mmray.metrics import Counts
+from mmray.schema import Vocabulary
+
+MAX_ROWS_KEPT = 200_000
+"""Validation rows that calibration and thresholds are fitted to: more would not change them."""
+FILE = "validation.safetensors"
+
+
+class Validation(NamedTuple):
+    """What the averaged weights make of validation rows."""
+
+    logits: np.ndarray
+    """float32 (B, L)."""
+    targets: np.ndarray
+    """bool (B, L)."""
+    valid: np.ndarray
+    """bool (B,); other rows could not be labeled, and count as rows without a label."""
+
+    @classmethod
+    def of(cls, learner: Learner, batches: Batches, num_labels: int) -> Validation:
+        """Run this worker's rows through the averaged weights."""
+        if torch.distributed.is_initialized():
+            # Batch norm saw other rows on each worker: all take the first one's.
+            for buffer in learner.averaged.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        nothing = np.zeros((0, num_labels), np.float32)
+        parts = [(nothing, nothing.astype(bool), np.zeros(0, bool))]
+        for batch in batches:
+            logits = learner.logits(inputs_of(batch, learner.device))
+            parts.append((logits, batch["targets"].numpy() > 0.5, batch["valid"].numpy()))
+        return cls(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+    def measure(self, vocabulary: Vocabulary, device: torch.device) -> dict[str, Any]:
+        """Measure all workers' rows together, at the single threshold of best sample F1.
+
+        What is reduced over workers are counts, so that their number makes no difference.
+
+        Returns:
+            `Counts.summary`, and the `threshold`.
+        """
+        scores = Calibration.identity(len(vocabulary)).scores(self.logits) * self.valid[:, None]
+
+        def count(threshold: float) -> Counts:
+            vector = torch.from_numpy(self.counts(scores, np.full(len(vocabulary), threshold)).to_vector())
+            vector = vector.to(device)
+            add_up(vector)
+            return Counts.from_vector(vector.cpu().numpy(), len(vocabulary))
+
+        threshold = count(0.5).best_threshold()
+        return count(threshold).summary(vocabulary.labels) | {"threshold": threshold}
+
+    def counts(self, scores: np.ndarray, thresholds: np.ndarray) -> Counts:
+        """Count rows by their scores (B, L)."""
+        decided, fell_back = decide(scores, thresholds)
+        return Counts.of(scores, self.targets, decided & self.valid[:, None], fell_back & self.valid)
+
+    def gathered(self) -> Validation:
+        """Put the rows of all workers together, as many as calibration needs."""
+        if not torch.distributed.is_initialized():
+            return self
+        world_size = torch.distributed.get_world_size()
+        parts: list[Validation] = [self] * world_size
+        share = MAX_ROWS_KEPT // world_size
+        torch.distributed.all_gather_object(parts, Validation(*(array[:share] for array in self)))
+        return Validation(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+    def save(self, folder: Path) -> None:
+        """Write it into a checkpoint."""
+        safetensors.numpy.save_file(
+            {name: np.ascontiguousarray(array) for name, array in self._asdict().items()},
+            folder / FILE,
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> Validation:
+        """Read it from a checkpoint."""
+        return cls(**safetensors.numpy.load_file(folder / FILE))
+
+    def settle(self, vocabulary: Vocabulary) -> Settled:
+        """Fit calibration and thresholds to these rows, and measure what they are worth."""
+        calibration = Calibration.fit(self.logits[self.valid], self.targets[self.valid])
+        raw = Calibration.identity(len(vocabulary)).scores(self.logits) * self.valid[:, None]
+        scores = calibration.scores(self.logits) * self.valid[:, None]
+        thresholds = tune_thresholds(scores, self.targets)
+        half = np.full(len(vocabulary), 0.5)
+        single = np.full(len(vocabulary), self.counts(scores, half).best_threshold())
+
+        def measure(scores: np.ndarray, thresholds: np.ndarray) -> dict[str, Any]:
+            return self.counts(scores, thresholds).summary(vocabulary.labels)
+
+        metrics, brief = measure(scores, thresholds), ("sample_f1", "micro_f1", "macro_f1", "fallback_rate")
+        decisions = {"0.5": half, "single": single, "per-label": thresholds}
+        metrics["by_decision"] = {
+            name: {key: measure(scores, each)[key] for key in brief} for name, each in decisions.items()
+        }
+        metrics["ece_uncalibrated"] = measure(raw, half)["ece"]
+        return Settled(calibration, thresholds, metrics)
+
+
+class Settled(NamedTuple):
+    """How scores and labels follow from logits."""
+
+    calibration: Calibration
+    thresholds: np.ndarray
+    """float64 (L,)."""
+    metrics: dict[str, Any]
+    """`Counts.summary`; `by_decision` for other thresholds, and `ece_uncalibrated`."""
+
+
+def add_up(tensor: Tensor) -> None:
+    """Sum a tensor over all workers, in place."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)

@@ -1,0 +1,70 @@
+"""What validation rows are worth: metrics, and the decision that they settle. Without Ray."""
+
+import numpy as np
+import pytest
+import torch
+
+from mmray.decisions import decide
+from mmray.metrics import Counts
+from mmray.schema import Vocabulary
+from mmray.validation import Validation
+
+LABELS = Vocabulary(("bus", "cat", "dog"))
+CPU = torch.device("cpu")
+
+
+def draw(num_rows=900, num_invalid=9):
+    """Draw rows whose logits are twice too sure and, by label, off their place."""
+    generator = np.random.default_rng(0)
+    targets = generator.random((num_rows, 3)) < [0.5, 0.2, 0.1]
+    logits = generator.normal(np.where(targets, 1.0, -1.0), 1.0) * 4 + [0.0, 2.0, -3.0]
+    valid = np.arange(num_rows) >= num_invalid
+    return Validation(logits.astype(np.float32), targets, valid)
+
+
+def test_rows_that_could_not_be_labeled_count_as_rows_without_labels():
+    drawn = draw()
+    metrics = drawn.measure(LABELS, CPU)
+    assert metrics["num_rows"] == 900
+    scores = 1 / (1 + np.exp(-drawn.logits.astype(np.float64)))
+    decided, _ = decide(scores, np.full(3, metrics["threshold"]))
+    decided[:9] = False
+    hits = (decided & drawn.targets).sum()
+    assert metrics["micro_f1"] == pytest.approx(2 * hits / (decided.sum() + drawn.targets.sum()))
+    assert metrics["empty_rate"] == 9 / 900
+
+
+def test_what_is_settled_is_measured_as_it_will_be_used():
+    drawn = draw()
+    calibration, thresholds, metrics = drawn.settle(LABELS)
+    scores = calibration.scores(drawn.logits) * drawn.valid[:, None]
+    decided, fell_back = decide(scores, thresholds)
+    expected = Counts.of(scores, drawn.targets, decided & drawn.valid[:, None], fell_back & drawn.valid)
+    for name, value in expected.summary(LABELS.labels).items():
+        assert metrics[name] == value
+
+
+def test_settling_calibrates_and_never_lowers_sample_f1():
+    metrics = draw().settle(LABELS).metrics
+    assert metrics["ece"] < metrics["ece_uncalibrated"] / 2
+    by_decision = metrics["by_decision"]
+    assert list(by_decision) == ["0.5", "single", "per-label"]
+    assert metrics["sample_f1"] == by_decision["per-label"]["sample_f1"]
+    assert by_decision["per-label"]["sample_f1"] >= by_decision["single"]["sample_f1"]
+    assert by_decision["single"]["sample_f1"] >= by_decision["0.5"]["sample_f1"]
+
+
+def test_it_stands_in_a_checkpoint_as_it_was(tmp_path):
+    drawn = draw(50)
+    drawn.save(tmp_path)
+    for one, other in zip(drawn, Validation.load(tmp_path), strict=True):
+        assert one.dtype == other.dtype
+        assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("num_rows", [0, 5])
+def test_rows_none_of_which_is_valid_settle_too(num_rows):
+    drawn = draw(num_rows, num_rows)
+    settled = drawn.settle(LABELS)
+    assert settled.metrics["num_rows"] == num_rows
+    assert settled.calibration.scales.tolist() == [1, 1, 1]
