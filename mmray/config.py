@@ -19,6 +19,7 @@ from mmray.uris import Prefixes
 
 Config = TypeVar("Config")
 
+SELECTIONS = ("class-aware", "confidence")
 FUSIONS = ("image", "text", "logits", "concat", "cross-attention")
 LOSSES = ("bce", "weighted-bce", "focal", "asymmetric")
 
@@ -138,6 +139,31 @@ class TrainConfig:
         require_range("--word-dropout", self.word_dropout, 0, 0.9)
         require_range("--modality-dropout", self.modality_dropout, 0, 0.5)
         require_range("--clip-norm", self.clip_norm, 1e-6, 1e6)
+
+
+@dataclass(frozen=True)
+class SelfTrainConfig:
+    """How a student learns from what its teacher says of unlabeled rows."""
+
+    rounds: int = option(1, "Students in a row, each the next one's teacher.")
+    select: str = option(
+        "class-aware",
+        "Which labels are taken: as many of each as occur, or the sure ones.",
+        choices=SELECTIONS,
+    )
+    keep: float = option(0.8, "Class-aware: share of the expected rows of each label that is taken.")
+    confidence: float = option(0.9, "Confidence: least score of what is taken as true; 1 - it, of false.")
+    targets: str = option(
+        "hard", "What the student learns: 0 and 1, or the scores.", choices=("hard", "soft")
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot select."""
+        require_choice("--select", self.select, SELECTIONS)
+        require_choice("--targets", self.targets, ("hard", "soft"))
+        require_range("--rounds", self.rounds, 1, 100)
+        require_range("--keep", self.keep, 0, 1)
+        require_range("--confidence", self.confidence, 0.5, 1)
 
 
 @dataclass(frozen=True)

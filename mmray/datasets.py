@@ -26,16 +26,19 @@ from mmray.fetch import fetch_images
 from mmray.images import Augmentation, View
 from mmray.parquet import DataFile, Unit, describe_files, find_files, read_units
 from mmray.schema import Label, Status, Vocabulary
+from mmray.selection import Selection, as_lists, as_matrix
 from mmray.storage import Folder
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Labeled rows for training and evaluation: where they are and how their columns are called."""
+    """Rows for training and evaluation: where they are and how their columns are called."""
 
     folder: Folder
     files: tuple[DataFile, ...]
     columns: Columns
+    selection: Selection | None = None
+    """Which rows take part, and what they have in place of labels; None where all do, by their own."""
 
     @classmethod
     def find(cls, uri: str, columns: Columns, needs: Sequence[str] = ("image", "caption", "labels")) -> Rows:
@@ -60,12 +63,15 @@ class Rows:
 
     @property
     def num_rows(self) -> int:
-        """Rows in all files."""
+        """Rows that take part."""
+        if self.selection:
+            return sum(self.selection.num_rows.values())
         return sum(file.num_rows for file in self.files)
 
     def identity(self) -> list[tuple[str, str]]:
-        """Say which rows these are: path and footer sum of each file."""
-        return [(file.path, file.footer_sha256) for file in self.files]
+        """Say which rows these are: path and footer sum of each file, and the selection."""
+        files = [(file.path, file.footer_sha256) for file in self.files]
+        return [*files, ("selection", self.selection.fingerprint)] if self.selection else files
 
     def dataset(self, columns: Sequence[str], seed: tuple[int, ...] | None = None) -> ray.data.Dataset:
         """Stream the rows with Ray Data, a block for each shard.
@@ -75,47 +81,76 @@ class Rows:
             seed: shuffles the units anew each time the dataset is executed, that is each epoch, and adds a
                 column `draw`: uint64, another number for each row and epoch. None keeps the files' order.
         """
-        return ray.data.read_datasource(RowSource(self, tuple(columns), seed))
+        return ray.data.read_datasource(RowSource((self,), tuple(columns), seed))
+
+
+def examples(
+    parts: Sequence[Rows], vocabulary: Vocabulary, seed: tuple[int, ...] | None = None
+) -> ray.data.Dataset:
+    """Stream rows to learn from: `image`, `caption`, and for each label what is true and whether it is known.
+
+    Args:
+        parts: rows that are shuffled together.
+        vocabulary: of the L labels; the blocks' `targets` are list<float32>[L], their `mask` list<bool>[L].
+        seed: as in `Rows.dataset`.
+    """
+    return ray.data.read_datasource(RowSource(tuple(parts), ("image", "caption"), seed, vocabulary))
 
 
 class RowSource(Datasource):
     """Ray's view of `Rows`: a read task for each unit."""
 
-    def __init__(self, rows: Rows, columns: tuple[str, ...], seed: tuple[int, ...] | None) -> None:
+    def __init__(
+        self,
+        parts: tuple[Rows, ...],
+        columns: tuple[str, ...],
+        seed: tuple[int, ...] | None,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
         """Hold what is to be read."""
         super().__init__()
-        self.rows, self.columns, self.seed = rows, columns, seed
+        self.parts, self.columns, self.seed, self.vocabulary = parts, columns, seed, vocabulary
         self.executions = 0
 
     def estimate_inmemory_data_size(self) -> int:
         """Estimate bytes: the images, as far as they are asked for."""
-        return sum(file.image_bytes for file in self.rows.files) if "image" in self.columns else 0
+        files = [file for rows in self.parts for file in rows.files]
+        return sum(file.image_bytes for file in files) if "image" in self.columns else 0
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
         """Give the tasks of one execution; Ray asks anew for each, which is what shuffles the next epoch."""
-        units = [(file, unit) for file in self.rows.files for unit in file.units]
+        units = [(rows, file, unit) for rows in self.parts for file in rows.files for unit in file.units]
         draws: list[int | None] = [None] * len(units)
         if self.seed is not None:
             generator = np.random.default_rng((*self.seed, self.executions))
             units = [units[index] for index in generator.permutation(len(units))]
             draws = [int(draw) for draw in generator.integers(2**63, size=len(units))]
             self.executions += 1
-        return [self._task(file, unit, draw) for (file, unit), draw in zip(units, draws, strict=True)]
+        return [self._task(*unit, draw) for unit, draw in zip(units, draws, strict=True)]
 
-    def _task(self, file: DataFile, unit: Unit, draw: int | None) -> ReadTask:
-        folder, columns, prefixes = self.rows.folder, self.columns, self.rows.columns.image_prefixes
-        names = {column: getattr(self.rows.columns, column) for column in columns}
+    def _task(self, rows: Rows, file: DataFile, unit: Unit, draw: int | None) -> ReadTask:
+        columns, vocabulary = self.columns, self.vocabulary
+        if vocabulary and not rows.selection:
+            columns += ("labels",)
+        names = {column: getattr(rows.columns, column) for column in columns}
 
         def read() -> Iterator[pa.Table]:
-            for first, _, table in read_units(folder, file, [unit], list(names.values())):
+            for first, _, table in read_units(rows.folder, file, [unit], list(names.values())):
+                chosen = rows.selection.read(file.path, first, first + len(table)) if rows.selection else None
+                table = table.take(chosen["row"]) if chosen else table
                 block = {column: table[name] for column, name in names.items()}
                 if "image" in block:
-                    images = fetch_images(table, names["image"], prefixes)[names["image"]]
+                    images = fetch_images(table, names["image"], rows.columns.image_prefixes)[names["image"]]
                     block["image"] = pa.array(image_bytes(images), pa.large_binary())
                 if "caption" in block:  # of any layout, also those that Ray cannot send from task to task
                     block["caption"] = block["caption"].cast(pa.large_string())
+                if chosen:
+                    block |= {name: chosen[name] for name in ("targets", "mask")}
+                elif vocabulary:
+                    targets = vocabulary.encode(block.pop("labels")).astype(np.float32)
+                    block |= {"targets": as_lists(targets), "mask": as_lists(np.ones_like(targets, bool))}
                 if draw is not None:
                     block["draw"] = pa.array(
                         np.arange(table.num_rows, dtype=np.uint64) + np.uint64(draw + first)
@@ -149,9 +184,9 @@ class ExactValidation(ray.train.DataConfig):
 
 
 def decode_rows(
-    block: pa.Table, model: ModelConfig, vocabulary: Vocabulary, augmentation: Augmentation | None = None
+    block: pa.Table, model: ModelConfig, augmentation: Augmentation | None = None
 ) -> dict[str, np.ndarray]:
-    """Decode rows for training: the function that labels them, plus augmentation.
+    """Decode what `examples` gives: by the function that decodes for labeling, plus augmentation.
 
     Returns:
         pixels: uint8 (B, S, S, 3); caption: str (B,); has_image, has_caption, valid: bool (B,);
@@ -171,15 +206,15 @@ def decode_rows(
         if row.pixels is not None:
             pixels[index] = row.pixels
     valid = np.array([row.status is not Status.FAILED for row in rows], bool)
-    targets = vocabulary.encode(block["labels"])
+    targets, mask = (as_matrix(block[name]) for name in ("targets", "mask"))
     return {
         "pixels": pixels,
         "caption": np.array([row.caption or "" for row in rows], object),
         "has_image": np.array([row.pixels is not None for row in rows], bool),
         "has_caption": np.array([row.caption is not None for row in rows], bool),
         "valid": valid,
-        "targets": targets.astype(np.float32),
-        "mask": np.repeat(valid[:, None], targets.shape[1], axis=1),
+        "targets": targets,
+        "mask": mask & valid[:, None],
     }
 
 
@@ -211,10 +246,11 @@ def count_labels(rows: Rows) -> tuple[Vocabulary, np.ndarray]:
     return vocabulary, np.array([total[label] for label in vocabulary.labels], np.int64)
 
 
-def sample_captions(rows: Rows, limit: int) -> list[str]:
+def sample_captions(parts: Sequence[Rows], limit: int) -> list[str]:
     """Give the captions of the first `limit` rows that have one."""
     captions: list[str] = []
-    for batch in rows.dataset(["caption"]).iter_batches(batch_size=None, batch_format="pyarrow"):
+    source = RowSource(tuple(parts), ("caption",), None)
+    for batch in ray.data.read_datasource(source).iter_batches(batch_size=None, batch_format="pyarrow"):
         captions += [caption for caption in text_values(batch["caption"]) if caption]
         if len(captions) >= limit:
             break

@@ -24,7 +24,7 @@ from mmray.metrics import Counts
 from mmray.parcels import unpack
 from mmray.parquet import DataFile, read_footer, read_units
 from mmray.plan import Plan, Work
-from mmray.schema import Vocabulary, output_name
+from mmray.schema import Vocabulary, output_name, score_matrix
 from mmray.scoring import Pool, Scorer, score_shards, streaming
 from mmray.storage import Folder
 
@@ -54,11 +54,7 @@ class Rule:
         decided = self.vocabulary.encode(labeled["predicted_labels"]).astype(bool)
         scores = decided.astype(np.float32)
         if self.scored:
-            column = labeled["scores"].combine_chunks()
-            scores = np.zeros(decided.shape, np.float32)
-            scores[column.is_valid().to_numpy(zero_copy_only=False)] = (
-                column.flatten().to_numpy().reshape(-1, len(self.vocabulary))
-            )
+            scores, _ = score_matrix(labeled["scores"], len(self.vocabulary))
         _, fell_back = decide(scores, self.thresholds)
         return Counts.of(scores, targets, decided, fell_back & decided.any(axis=1))
 

@@ -82,7 +82,7 @@ class Counts:
             "true_positives": hits.sum(axis=0),
             "false_positives": (decided & ~positive).sum(axis=0),
             "false_negatives": (positive & ~decided).sum(axis=0),
-            "histogram": _histogram(scores, positive),
+            "histogram": histogram(scores, positive),
             "calibration": _calibration(scores, positive),
         }
         return cls(**{name: np.asarray(count, dtype=np.float64) for name, count in counts.items()})
@@ -150,7 +150,7 @@ def _ratio(part: ArrayLike, whole: ArrayLike) -> Array:
     return quotient
 
 
-def _histogram(scores: Scores, positive: Mask) -> NDArray[np.int_]:
+def histogram(scores: Scores, positive: Mask) -> NDArray[np.int_]:
     """Count (row, label) pairs (2, L, NUM_BINS) by target, label and bin of logit."""
     scores = scores.astype(np.float64)
     with np.errstate(divide="ignore"):  # scores of 0 and 1 have infinite logits, which are clipped

@@ -172,6 +172,20 @@ class KeptScores:
         return pa.ListArray.from_arrays(offsets, entries, mask=mask)
 
 
+def score_matrix(column: pa.ChunkedArray, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Undo `KeptScores.array` where all scores were kept.
+
+    Returns:
+        scores: float32 (B, L), 0 where a row failed.
+        valid: bool (B,), rows that did not fail.
+    """
+    lists = column.combine_chunks()
+    valid = lists.is_valid().to_numpy(zero_copy_only=False)
+    scores = np.zeros((len(lists), num_labels), np.float32)
+    scores[valid] = lists.flatten().to_numpy().reshape(-1, num_labels)
+    return scores, valid
+
+
 def output_schema(input_schema: pa.Schema, image_column: str, predictions: Sequence[pa.Field]) -> pa.Schema:
     """Give the schema of a labeled file: every input column but the image, then the predictions.
 

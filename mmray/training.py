@@ -31,7 +31,7 @@ from mmray.bundle import Bundle, save_bundle, tokenizer_files
 from mmray.captions import load_tokenizer, train_tokenizer
 from mmray.card import model_card
 from mmray.config import Columns, ComputeConfig, ModelConfig, TrainConfig, Workers, differences, fingerprint
-from mmray.datasets import ExactValidation, Rows, count_labels, decode_rows, sample_captions
+from mmray.datasets import ExactValidation, Rows, count_labels, decode_rows, examples, sample_captions
 from mmray.errors import ConfigError, DataError, OutputError
 from mmray.images import Augmentation
 from mmray.model import build_model, describe_encoder
@@ -69,6 +69,7 @@ def train_model(
     columns: Columns | None = None,
     compute: ComputeConfig | None = None,
     *,
+    pseudo: Rows | None = None,
     progress: bool = False,
 ) -> TrainingResult:
     """Train a model on labeled rows, or go on from its last checkpoint; leaves a bundle.
@@ -81,6 +82,7 @@ def train_model(
         train: how it learns.
         columns: names of the input's columns.
         compute: where the work runs.
+        pseudo: further rows to train on, by what was selected of their pseudo-labels.
         progress: show how the run goes, on stderr.
 
     Raises:
@@ -93,32 +95,33 @@ def train_model(
     started = time.monotonic()
     output = Folder(output_uri)
     rows, val = Rows.find(data_uri, columns), Rows.find(val_uri, columns)
+    parts = [rows, pseudo] if pseudo else [rows]
     workers = TrainWorkers.on_cluster(compute)
     if rows.num_rows < workers.scaling.maximum:
         raise DataError(f"{data_uri}: {rows.num_rows} rows for {workers.scaling.maximum} workers; use fewer")
-    recipe = recipe_of(rows, val, model, train)
+    recipe = recipe_of(parts, val, model, train)
     if is_finished(output, recipe):
         bundle = Bundle.load(output_uri)
         return TrainingResult(bundle, output.read_json("metrics.json"), time.monotonic() - started, True)
-    start = prepare_start(output, rows, val, model)
+    start = prepare_start(output, parts, val, model)
     built = build_model(model, len(start.vocabulary), start.text_config)
     sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in built.num_bytes().items())
     log.info("model: %s", sizes)
     output.publish_json(RECIPE, recipe)  # what cannot be built has taken no output
     with told(progress, train.epochs) as news:
-        job = TrainJob(model, train, start, rows.num_rows, workers.num_threads, news)
-        best = fit(job, rows, val, output, workers)
+        job = TrainJob(model, train, start, sum(part.num_rows for part in parts), workers.num_threads, news)
+        best = fit(job, parts, val, output, workers)
     # A bundle needs no other folder: a backbone that came from one is kept under timm's name for it.
     kept = replace(model, vision=built.image.architecture) if built.image else model
-    bundle, metrics = save_best(output, best, replace(job, model=kept), rows)
+    bundle, metrics = save_best(output, best, replace(job, model=kept))
     return TrainingResult(bundle, metrics, time.monotonic() - started, False)
 
 
-def recipe_of(rows: Rows, val: Rows, model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
+def recipe_of(parts: list[Rows], val: Rows, model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
     """Give all that the trained model depends on."""
-    columns = asdict(rows.columns) | {"image_prefixes": [*rows.columns.image_prefixes]}  # JSON has no tuples
+    columns = asdict(val.columns) | {"image_prefixes": [*val.columns.image_prefixes]}  # JSON has no tuples
     return {
-        "data": fingerprint(rows.identity()),
+        **{name: fingerprint(part.identity()) for name, part in zip(("data", "pseudo"), parts, strict=False)},
         "val": fingerprint(val.identity()),
         "columns": columns,
         "model": asdict(model),
@@ -142,7 +145,7 @@ def is_finished(output: Folder, recipe: dict[str, Any]) -> bool:
     return finished
 
 
-def prepare_start(output: Folder, rows: Rows, val: Rows, model: ModelConfig) -> Start:
+def prepare_start(output: Folder, parts: list[Rows], val: Rows, model: ModelConfig) -> Start:
     """Find what training starts from, or make and publish it.
 
     Raises:
@@ -152,8 +155,14 @@ def prepare_start(output: Folder, rows: Rows, val: Rows, model: ModelConfig) -> 
     if record is not None:
         files = {name: output.read(f"{RUN}/tokenizer/{name}") for name in record["tokenizer"]}
         vocabulary = Vocabulary(tuple(record["labels"]))
-        return Start(vocabulary, np.array(record["positives"], np.int64), record["text_config"], files)
-    vocabulary, positives = count_labels(rows)
+        return Start(
+            vocabulary,
+            record["num_labeled"],
+            np.array(record["positives"], np.int64),
+            record["text_config"],
+            files,
+        )
+    vocabulary, positives = count_labels(parts[0])
     unknown = sorted(set(count_labels(val)[0].labels) - set(vocabulary.labels), key=str)
     if unknown:
         raise DataError(f"{val.folder}: labels {unknown[:5]} occur in validation and never in training")
@@ -161,13 +170,14 @@ def prepare_start(output: Folder, rows: Rows, val: Rows, model: ModelConfig) -> 
         text_config = describe_encoder(model)  # first, since it knows best what is out of reach
         tokenizer = load_tokenizer(model.text)
     else:
-        tokenizer = train_tokenizer(sample_captions(rows, CAPTIONS_FOR_TOKENIZER))
+        tokenizer = train_tokenizer(sample_captions(parts, CAPTIONS_FOR_TOKENIZER))
         text_config = describe_encoder(model, len(tokenizer))
-    start = Start(vocabulary, positives, text_config, tokenizer_files(tokenizer))
+    start = Start(vocabulary, parts[0].num_rows, positives, text_config, tokenizer_files(tokenizer))
     for name, data in start.tokenizer_files.items():
         output.publish(f"{RUN}/tokenizer/{name}", data)
     record = {
         "labels": list(vocabulary.labels),
+        "num_labeled": start.num_labeled,
         "positives": positives.tolist(),
         "text_config": start.text_config,
         "tokenizer": sorted(start.tokenizer_files),
@@ -202,22 +212,25 @@ class TrainWorkers:
         return cls(scaling, use_gpu, min(1.0, (cpus - 1) / scaling.maximum), max(1, int(share)))
 
 
-def fit(job: TrainJob, rows: Rows, val: Rows, output: Folder, workers: TrainWorkers) -> ray.train.Checkpoint:
+def fit(
+    job: TrainJob, parts: list[Rows], val: Rows, output: Folder, workers: TrainWorkers
+) -> ray.train.Checkpoint:
     """Run Ray Train until the recipe is done; gives the best epoch's checkpoint."""
-    config = job.train
-    decode = {"model": job.model, "vocabulary": job.start.vocabulary}
+    config, vocabulary = job.train, job.start.vocabulary
+    seed = (config.seed, num_epochs_done(output))
     augmentation = Augmentation(config.crop, config.colour)
-    columns = ["image", "caption", "labels"]
     filesystem, path = (output / RUN).arrow()
     low, high = workers.scaling.minimum, workers.scaling.maximum
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
         datasets={
-            "train": rows.dataset(columns, (config.seed, num_epochs_done(output))).map_batches(
-                decode_rows, fn_kwargs={**decode, "augmentation": augmentation}, **DECODE_BATCHES
+            "train": examples(parts, vocabulary, seed).map_batches(
+                decode_rows, fn_args=(job.model, augmentation), **DECODE_BATCHES
             ),
-            "val": val.dataset(columns).map_batches(decode_rows, fn_kwargs=decode, **DECODE_BATCHES),
+            "val": examples([val], vocabulary).map_batches(
+                decode_rows, fn_args=(job.model,), **DECODE_BATCHES
+            ),
         },
         dataset_config=ExactValidation(),
         scaling_config=ray.train.ScalingConfig(
@@ -274,9 +287,7 @@ def told(show: bool, epochs: int) -> Iterator[Queue | None]:
             thread.join(timeout=5)
 
 
-def save_best(
-    output: Folder, best: ray.train.Checkpoint, job: TrainJob, rows: Rows
-) -> tuple[Bundle, dict[str, Any]]:
+def save_best(output: Folder, best: ray.train.Checkpoint, job: TrainJob) -> tuple[Bundle, dict[str, Any]]:
     """Make the bundle of the best epoch's averaged weights; gives it and its metrics."""
     with best.as_directory() as folder:
         weights = safetensors.torch.load_file(Path(folder) / "averaged.safetensors")
@@ -293,6 +304,6 @@ def save_best(
         tokenizer_files=job.start.tokenizer_files,
         weights=weights,
         metrics=metrics,
-        card=model_card(job.model, metrics, rows.num_rows),
+        card=model_card(job.model, metrics, job.num_rows),
     )
     return bundle, metrics

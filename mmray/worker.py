@@ -33,8 +33,10 @@ class Start:
     """What training starts from, beside the recipe."""
 
     vocabulary: Vocabulary
+    num_labeled: int
+    """Training rows whose labels were counted."""
     positives: np.ndarray
-    """int64 (L,), training rows that bear each label."""
+    """int64 (L,), those that bear each label."""
     text_config: dict[str, Any]
     tokenizer_files: dict[str, bytes]
 
@@ -110,7 +112,7 @@ def make_learner(job: TrainJob, steps_per_epoch: int, world_size: int) -> Learne
     return Learner(
         model,
         job.train,
-        num_rows=job.num_rows,
+        num_rows=job.start.num_labeled,
         positives=job.start.positives,
         steps_per_epoch=steps_per_epoch,
         world_size=world_size,

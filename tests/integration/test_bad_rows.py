@@ -22,6 +22,7 @@ from mmray.datasets import Rows, count_labels, decode_rows, sample_captions
 from mmray.evaluate import evaluate_model, evaluate_predictions
 from mmray.labeler import Labeler
 from mmray.labeling import label_dataset
+from mmray.selection import as_lists
 from mmray.verify import verify_dataset
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -240,11 +241,15 @@ def test_bad_rows_are_measured_and_learned_from_as_the_others(sick, output, bund
     assert summary["num_rows"] == measured["num_rows"] == 3 * sick.num_rows
     assert summary["sample_f1"] == pytest.approx(measured["sample_f1"])
     rows = Rows.find(str(sick.folder), Columns())
-    captions = sample_captions(rows, 1000)
+    captions = sample_captions([rows], 1000)
     assert "a caf\ufffd in the city" in captions and "the beach " * 10_000 in captions
     vocabulary, _ = count_labels(rows)
     block = read(sick.folder, PLAIN).select(["image", "caption", "labels"])
-    decoded = decode_rows(block, ModelConfig(image_size=16), vocabulary)
+    targets = vocabulary.encode(block["labels"]).astype(np.float32)
+    block = block.append_column("targets", as_lists(targets)).append_column("mask", as_lists(targets >= 0))
+    decoded = decode_rows(block, ModelConfig(image_size=16))
+    assert np.array_equal(decoded["targets"], targets)
+    assert np.array_equal(decoded["mask"].any(axis=1), decoded["valid"])
     failed = [row for row, (_, status, _) in sick.bad.items() if status == "failed"]
     assert np.flatnonzero(~decoded["valid"]).tolist() == sorted(failed)
     assert decoded["caption"][[row for row in sick.bad if "Latin" in sick.bad[row][0]]].tolist() == [

@@ -29,10 +29,10 @@ FLOORS = [
             "progress",
         ),
         *("images", "captions", "decoding", "model", "losses", "metrics", "decisions", "bundle", "planning"),
-        *("labeler", "isolation", "tables", "learner", "validation", "card", "cli"),
+        *("selection", "labeler", "isolation", "tables", "learner", "validation", "card", "cli"),
     ],
     # 2: on Ray Data and Ray Train
-    ["datasets", "worker", "training", "scoring", "committing", "labeling", "verify"],
+    ["datasets", "worker", "training", "scoring", "committing", "labeling", "verify", "pseudo"],
     # 3: one module for each further job
     ["prepare", "evaluate", "demo", "self_train", "ablate", "report", "export", "bench"],
 ]

@@ -1,0 +1,147 @@
+"""Pseudo-labels on the cluster: selected from what a labeling job left, and held against what is true."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+
+from mmray.config import SelfTrainConfig, differences, fingerprint
+from mmray.datasets import Rows, count_labels
+from mmray.errors import OutputError
+from mmray.metrics import histogram
+from mmray.parquet import DataFile, read_footer, read_units
+from mmray.schema import Vocabulary, score_matrix
+from mmray.selection import Cutoffs, Selection, write_selection
+from mmray.shards import MANIFEST
+from mmray.storage import Folder
+
+SELECTED = "selection.json"
+
+
+def select(
+    unlabeled: Rows, labeled: Rows, folder: Folder, vocabulary: Vocabulary, config: SelfTrainConfig
+) -> tuple[Rows, dict[str, Any]]:
+    """Select rows and labels of a round from what its teacher said, unless that is done.
+
+    Returns:
+        The selected rows, and what is known of them; see `report_of`.
+
+    Raises:
+        OutputError: the round was selected otherwise.
+    """
+    labels, target = folder / "labels", folder / "selection"
+    manifest = labels.read_json(MANIFEST)
+    settings = asdict(config) | {"rounds": None, "labels": manifest["fingerprint"]}
+    record = target.read_json(SELECTED)
+    if record is None:
+        cutoffs = _cutoffs(unlabeled, labels, labeled, vocabulary, config)
+        files = list(_select_files(unlabeled, labels, target, vocabulary, cutoffs, config))
+        record = {"settings": settings, "files": {file["path"]: file["num_rows"] for file in files}}
+        record["report"] = report_of(files, unlabeled.num_rows, vocabulary)
+        target.publish_json(SELECTED, record)
+    elif found := differences(record["settings"], settings):
+        raise OutputError(f"{target} was selected otherwise ({'; '.join(found)}); choose another --output")
+    num_rows = {path: count for path, count in record["files"].items() if count}
+    selection = Selection(target, num_rows, fingerprint(record["settings"]))
+    chosen = tuple(file for file in unlabeled.files if file.path in num_rows)
+    return Rows(unlabeled.folder, chosen, unlabeled.columns, selection), record["report"]
+
+
+def _cutoffs(
+    unlabeled: Rows, labels: Folder, labeled: Rows, vocabulary: Vocabulary, config: SelfTrainConfig
+) -> Cutoffs:
+    if config.select == "confidence":
+        return Cutoffs.by_confidence(config.confidence, len(vocabulary))
+
+    def count(row: dict[str, Any]) -> dict[str, Any]:
+        scores, valid = _scores(labels, row["path"], len(vocabulary))
+        scores = scores[valid]
+        return {"counts": histogram(scores, np.zeros(scores.shape, bool))[0].astype(np.int64).tobytes()}
+
+    total: Any = 0
+    for row in ray.data.from_items([{"path": file.path} for file in unlabeled.files]).map(count).iter_rows():
+        total = total + np.frombuffer(row["counts"], np.int64).reshape(len(vocabulary), -1)
+    known, positives = count_labels(labeled)
+    assert known == vocabulary
+    return Cutoffs.by_frequency(total.astype(np.float64), positives / labeled.num_rows, config.keep)
+
+
+def _select_files(
+    unlabeled: Rows,
+    labels: Folder,
+    target: Folder,
+    vocabulary: Vocabulary,
+    cutoffs: Cutoffs,
+    config: SelfTrainConfig,
+) -> Iterator[dict[str, Any]]:
+    """Write the selection of each file, on the cluster; gives how much it is and, if known, how right."""
+
+    def write(row: dict[str, Any]) -> dict[str, Any]:
+        file = DataFile.from_json(row["file"])
+        scores, valid = _scores(labels, file.path, len(vocabulary))
+        rows, targets, mask = cutoffs.select(scores * valid[:, None], soft=config.targets == "soft")
+        if len(rows):
+            write_selection(target, file.path, rows, targets, mask)
+        true = (scores[rows] >= cutoffs.positive) & mask
+        found = {"num_true": true.sum(0), "num_false": (mask & ~true).sum(0)}
+        truth = _truth(unlabeled, file, vocabulary)
+        if truth is not None:
+            found |= {
+                "right_true": (true & truth[rows]).sum(0),
+                "right_false": (mask & ~true & ~truth[rows]).sum(0),
+            }
+        counts = {name: count.tolist() for name, count in found.items()}
+        return {"found": json.dumps({"path": file.path, "num_rows": len(rows), **counts})}
+
+    files = ray.data.from_items([{"file": file.to_json()} for file in unlabeled.files])
+    for row in files.map(write).iter_rows():
+        yield json.loads(row["found"])
+
+
+def _scores(labels: Folder, path: str, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
+    column = pq.read_table(pa.BufferReader(labels.read(path)), columns=["scores"], partitioning=None)
+    return score_matrix(column["scores"], num_labels)
+
+
+def _truth(rows: Rows, file: DataFile, vocabulary: Vocabulary) -> np.ndarray | None:
+    """Give what is true of a file's rows, bool (B, L), where it has a column of labels."""
+    name = rows.columns.labels
+    schema = read_footer(rows.folder, file.path, file.size_bytes)[0].schema.to_arrow_schema()
+    if name not in schema.names:
+        return None
+    parts = [table[name] for _, _, table in read_units(rows.folder, file, file.units, [name])]
+    return np.concatenate([vocabulary.encode(part) for part in parts]).astype(bool)
+
+
+def report_of(files: list[dict[str, Any]], num_rows: int, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Say how many rows and labels join, and how right they are where that is known.
+
+    Returns:
+        `num_rows` of them all and `num_selected`; by label `num_true` and `num_false`, and with known truth
+        `precision_true` and `precision_false`, which are None for a label of which nothing was taken.
+    """
+
+    def total(name: str) -> np.ndarray | None:
+        if not all(name in file for file in files):
+            return None
+        return np.sum([file[name] for file in files], axis=0)
+
+    counts = {name: total(name) for name in ("num_true", "num_false", "right_true", "right_false")}
+    by_label: dict[str, Any] = {}
+    for place, label in enumerate(vocabulary.labels):
+        entry = by_label[str(label)] = {}
+        for kind in ("true", "false"):
+            taken, right = counts[f"num_{kind}"], counts[f"right_{kind}"]
+            assert taken is not None
+            entry[f"num_{kind}"] = int(taken[place])
+            if right is not None:
+                entry[f"precision_{kind}"] = float(right[place] / taken[place]) if taken[place] else None
+    selected = sum(file["num_rows"] for file in files)
+    return {"num_rows": num_rows, "num_selected": selected, "by_label": by_label}

@@ -1,0 +1,119 @@
+"""Pseudo-labels: which rows of a labeled output, and which of their labels, are sure enough to learn from.
+
+A selection is a folder with a Parquet file for each labeled file that has such rows, under the same relative
+path: `row`, its place in the file; `targets`, list<float32>[L]; `mask`, list<bool>[L], of the labels that are
+known. Images and captions stay where they are: the rows of the input are the rows of its output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mmray.metrics import MAX_LOGIT, NUM_BINS
+from mmray.storage import Folder
+
+Array = NDArray[np.float64]
+Scores = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Cutoffs:
+    """From which score on a label is taken as true, and up to which as false; between them it is unknown."""
+
+    positive: Array
+    """float64 (L,)."""
+    negative: Array
+    """float64 (L,)."""
+
+    @classmethod
+    def by_confidence(cls, confidence: float, num_labels: int) -> Cutoffs:
+        """Ask the same of every label: a score of at least `confidence`, or of at most 1 - `confidence`."""
+        return cls(np.full(num_labels, confidence), np.full(num_labels, 1 - confidence))
+
+    @classmethod
+    def by_frequency(cls, histogram: Array, shares: Array, keep: float) -> Cutoffs:
+        """Take of each label as many rows as bear it where the truth is known.
+
+        Args:
+            histogram: float64 (L, NUM_BINS), rows by label and bin of the score's logit.
+            shares: float64 (L,), of the labeled rows that bear each label.
+            keep: share of the expected positives, and of the expected negatives, that is taken: the surest.
+
+        Source: Xie et al. 2023 (arXiv 2305.02795), class-distribution-aware thresholding, with one `keep`
+        for both of its reliability factors.
+        """
+        num_rows = histogram.sum(axis=1)
+        edges = 1 / (1 + np.exp(-np.linspace(-MAX_LOGIT, MAX_LOGIT, NUM_BINS + 1)))
+        from_above = histogram[:, ::-1].cumsum(axis=1)[:, ::-1]  # rows in this bin or a higher one
+        from_below = histogram.cumsum(axis=1)
+        num_positive, num_negative = keep * shares * num_rows, keep * (1 - shares) * num_rows
+        # The whole bins that hold no more than that many.
+        first_bin = (from_above > num_positive[:, None]).sum(axis=1)
+        last_bin = (from_below <= num_negative[:, None]).sum(axis=1)
+        positive = np.where(first_bin < NUM_BINS, edges[np.minimum(first_bin, NUM_BINS)], np.inf)
+        negative = np.where(last_bin > 0, edges[last_bin], -np.inf)
+        return cls(positive, np.minimum(negative, np.nextafter(positive, -np.inf)))
+
+    def select(self, scores: Scores, *, soft: bool) -> tuple[Any, Any, Any]:
+        """Select from rows by their scores.
+
+        Args:
+            scores: float32 (B, L).
+            soft: whether the targets are the scores, instead of 0 and 1.
+
+        Returns:
+            rows: int64 (N,), those of which a label is known to be true.
+            targets: float32 (N, L).
+            mask: bool (N, L), of the labels that are known.
+        """
+        true, false = scores >= self.positive, scores <= self.negative
+        rows = np.flatnonzero(true.any(axis=1))
+        targets = scores if soft else true
+        return rows, targets[rows].astype(np.float32), (true | false)[rows]
+
+
+class Selection(NamedTuple):
+    """Selected rows of a dataset."""
+
+    folder: Folder
+    num_rows: dict[str, int]
+    """By file; files without any do not occur."""
+    fingerprint: str
+    """Of all that it depends on."""
+
+    def read(self, path: str, first: int, end: int) -> dict[str, Any]:
+        """Read what is selected of the rows `first` to `end` of a file; `row` counts from `first` on."""
+        chosen = pq.read_table(pa.BufferReader(self.folder.read(path)), partitioning=None)
+        row = chosen["row"]
+        chosen = chosen.filter(pc.and_(pc.greater_equal(row, first), pc.less(row, end)))
+        return {
+            **dict(zip(chosen.column_names, chosen.columns, strict=True)),
+            "row": pc.subtract(chosen["row"], first),
+        }
+
+
+def write_selection(folder: Folder, path: str, rows: Any, targets: Any, mask: Any) -> None:
+    """Publish what is selected of a file; see `Cutoffs.select`."""
+    table = pa.table({"row": rows, "targets": as_lists(targets), "mask": as_lists(mask)})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    folder.publish(path, sink.getvalue().to_pybytes())
+
+
+def as_lists(matrix: Any) -> pa.FixedSizeListArray:
+    """Lay an array (B, L) out as B lists."""
+    flat = pa.array(np.ascontiguousarray(matrix).ravel())
+    return pa.FixedSizeListArray.from_arrays(flat, matrix.shape[1])
+
+
+def as_matrix(lists: pa.ChunkedArray) -> Any:
+    """Undo `as_lists`."""
+    flat = lists.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(len(lists), lists.type.list_size)

@@ -1,0 +1,140 @@
+"""Self-training: a teacher labels unlabeled rows, a student learns from these too, and teaches the next one.
+
+OUTPUT/                      the bundle of the round that is best by validation sample F1
+OUTPUT/_rounds/0/bundle/     the first teacher
+OUTPUT/_rounds/N/labels/     what the teacher says of the unlabeled rows: an output of label.py
+OUTPUT/_rounds/N/selection/  what the student learns of it, and how much and how right that is
+OUTPUT/_rounds/N/bundle/     the student
+
+Each step leaves what is done alone, so that the same command goes on where it was killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from mmray.bundle import Bundle
+from mmray.config import Columns, ComputeConfig, LabelConfig, ModelConfig, SelfTrainConfig, TrainConfig
+from mmray.datasets import Rows
+from mmray.labeling import label_dataset
+from mmray.pseudo import select
+from mmray.storage import Folder
+from mmray.training import train_model
+
+log = logging.getLogger(__name__)
+
+ROUNDS = "_rounds"
+
+
+@dataclass(frozen=True)
+class SelfTrainingResult:
+    """What self-training gave."""
+
+    bundle: Bundle
+    rounds: list[dict[str, Any]]
+    """Of the first teacher and each student: `metrics`, and of a student its `selection`."""
+    best: int
+    """The round whose bundle was kept."""
+    seconds: float
+
+
+def self_train(
+    data_uri: str,
+    unlabeled_uri: str,
+    val_uri: str,
+    output_uri: str,
+    model: ModelConfig | None = None,
+    train: TrainConfig | None = None,
+    config: SelfTrainConfig | None = None,
+    columns: Columns | None = None,
+    compute: ComputeConfig | None = None,
+    *,
+    progress: bool = False,
+) -> SelfTrainingResult:
+    """Train a teacher, and students on labeled rows and on what their teachers say of unlabeled ones.
+
+    Args:
+        data_uri: Parquet rows with labels.
+        unlabeled_uri: Parquet rows to learn from beside them. Labels that they have are never learned: they
+            only tell how right the pseudo-labels are.
+        val_uri: Parquet rows that choose the best epoch, calibration and thresholds.
+        output_uri: folder of the best round's bundle; the rounds stand below it.
+        model: what it is made of.
+        train: how it learns.
+        config: how pseudo-labels are selected.
+        columns: names of the input's columns.
+        compute: where the work runs.
+        progress: show how the run goes, on stderr.
+
+    Raises:
+        DataError: the rows are unusable.
+        ConfigError: a tower is unknown or out of reach.
+        OutputError: the output holds what came of other data or another recipe.
+    """
+    config, columns = config or SelfTrainConfig(), columns or Columns()
+    started, output = time.monotonic(), Folder(output_uri)
+    settings: tuple[Any, ...] = (model, train, columns, compute)
+    labeled = Rows.find(data_uri, columns)
+    unlabeled = Rows.find(unlabeled_uri, columns, needs=("image", "caption"))
+
+    def bundle_of(number: int) -> str:
+        return f"{output}/{ROUNDS}/{number}/bundle"
+
+    teacher = train_model(data_uri, val_uri, bundle_of(0), *settings, progress=progress)
+    rounds: list[dict[str, Any]] = [{"metrics": teacher.metrics}]
+    for number in range(1, config.rounds + 1):
+        folder = output / f"{ROUNDS}/{number}"
+        log.info("round %d of %d: the teacher labels %d rows", number, config.rounds, unlabeled.num_rows)
+        everything = LabelConfig(max_failed_fraction=1)
+        label_dataset(
+            *(unlabeled_uri, bundle_of(number - 1), f"{folder}/labels", columns, everything, compute),
+            progress=progress,
+        )
+        pseudo, report = select(unlabeled, labeled, folder, teacher.bundle.vocabulary, config)
+        student = train_model(
+            data_uri, val_uri, bundle_of(number), *settings, pseudo=pseudo, progress=progress
+        )
+        rounds.append({"metrics": student.metrics, "selection": report})
+        teacher = student
+    best = max(range(len(rounds)), key=lambda number: rounds[number]["metrics"]["sample_f1"])
+    publish_best(Folder(bundle_of(best)), output)
+    output.publish_json(f"{ROUNDS}/report.json", {"best": best, "rounds": rounds})
+    return SelfTrainingResult(Bundle.load(output_uri), rounds, best, time.monotonic() - started)
+
+
+def publish_best(bundle: Folder, output: Folder) -> None:
+    """Copy a round's bundle to where the job was told to leave one; `config.json` comes last."""
+    paths = [path for path in bundle.list() if not path.startswith("_")]
+    for path in sorted(paths, key=lambda path: path == "config.json"):
+        output.publish(path, bundle.read(path))
+
+
+def as_table(result: SelfTrainingResult) -> Table:
+    """Lay the rounds out for people: what joined, how right it was, and what it gained."""
+    table = Table(title="self-training")
+    for name in ("round", "rows joined", "labels", "precision", "sample F1", "mAP", "macro F1", "gain"):
+        table.add_column(name, justify="right")
+    first = result.rounds[0]["metrics"]["sample_f1"]
+    for number, entry in enumerate(result.rounds):
+        metrics = entry["metrics"]
+        scores = [f"{metrics[name]:.4f}" for name in ("sample_f1", "map", "macro_f1")]
+        gain = f"{metrics['sample_f1'] - first:+.4f}" if number else ""
+        table.add_row(f"{number}{' *' if number == result.best else ''}", *_joined(entry), *scores, gain)
+    return table
+
+
+def _joined(entry: dict[str, Any]) -> tuple[str, str, str]:
+    report = entry.get("selection")
+    if report is None:
+        return "", "", ""
+    labels = list(report["by_label"].values())
+    num_true = sum(label["num_true"] for label in labels)
+    right = [label["precision_true"] * label["num_true"] for label in labels if label.get("precision_true")]
+    known = any("precision_true" in label for label in labels)
+    precision = f"{sum(right) / num_true:.3f}" if known and num_true else "-"
+    return f"{report['num_selected']:,} of {report['num_rows']:,}", f"{num_true:,}", precision

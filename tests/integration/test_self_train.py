@@ -1,0 +1,96 @@
+"""Self-training with real workers: what the teacher says, what is selected of it, what the student learns."""
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from mmray.bundle import Bundle
+from mmray.config import Columns, ComputeConfig, ModelConfig, SelfTrainConfig, TrainConfig
+from mmray.datasets import Rows, examples
+from mmray.errors import OutputError
+from mmray.pseudo import select
+from mmray.selection import as_matrix
+from mmray.self_train import self_train
+from mmray.storage import Folder
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+MODEL = ModelConfig(vision="test_efficientnet", image_size=32, max_tokens=16, width=32, pretrained=False)
+TRAIN = TrainConfig(epochs=1, batch_size_per_worker=16, learning_rate=3e-3, warmup_epochs=0.2)
+CONFIG = SelfTrainConfig(keep=0.5)
+CPU = ComputeConfig(use_gpu=False)
+
+
+@pytest.fixture(scope="module")
+def places(draw_rows, spoil, tmp_path_factory):
+    """Give folders of labeled, unlabeled and validation rows, and one for the bundle."""
+    folder = tmp_path_factory.mktemp("self-training")
+    rows = {"train": draw_rows(60, 1), "val": draw_rows(40, 2)}
+    more, _ = spoil(draw_rows(150, 3), {3: "bad image, null caption", 4: "null image", 77: "null caption"})
+    rows |= {"unlabeled/a": more.slice(0, 100), "unlabeled/deep/b": more.slice(100)}
+    for path, table in rows.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, folder / f"{path}.parquet", row_group_size=30)
+    return [str(folder / name) for name in ("train.parquet", "unlabeled", "val.parquet", "bundle")]
+
+
+@pytest.fixture(scope="module")
+def result(cluster, places):
+    return self_train(*places, MODEL, TRAIN, CONFIG, compute=CPU)
+
+
+def test_the_best_rounds_bundle_is_the_one_that_stands_in_the_output(result, places):
+    output = Folder(places[3])
+    metrics = [entry["metrics"]["sample_f1"] for entry in result.rounds]
+    assert len(metrics) == 2 and metrics[result.best] == max(metrics)
+    assert Bundle.load(places[3]).fingerprint == result.bundle.fingerprint
+    assert Bundle.load(f"{output}/_rounds/{result.best}/bundle").fingerprint == result.bundle.fingerprint
+    assert output.read_json("_rounds/report.json")["best"] == result.best
+
+
+def test_the_report_counts_what_joined_and_how_right_it_is(result, places):
+    vocabulary = result.bundle.vocabulary
+    report, selection = result.rounds[1]["selection"], Folder(places[3]) / "_rounds/1/selection"
+    assert report["num_rows"] == 150
+    truth, true, known = [], [], []
+    for path in ("a.parquet", "deep/b.parquet"):
+        labels = vocabulary.encode(pq.read_table(f"{places[1]}/{path}", partitioning=None)["labels"])
+        chosen = pq.read_table(selection.path(path), partitioning=None)
+        truth.append(labels[chosen["row"].to_numpy()].astype(bool))
+        true.append(as_matrix(chosen["targets"]).astype(bool))
+        known.append(as_matrix(chosen["mask"]))
+    truth, true, known = map(np.concatenate, (truth, true, known))
+    assert report["num_selected"] == len(truth) > 0
+    for place, entry in enumerate(report["by_label"].values()):
+        taken, denied = true[:, place], known[:, place] & ~true[:, place]
+        assert (entry["num_true"], entry["num_false"]) == (taken.sum(), denied.sum())
+        assert entry["precision_true"] == pytest.approx(truth[taken, place].mean()) if taken.any() else None
+        assert entry["precision_false"] == pytest.approx(1 - truth[denied, place].mean())
+
+
+def test_the_student_sees_labeled_rows_and_the_selected_ones_as_they_were_selected(result, places):
+    columns, vocabulary = Columns(), result.bundle.vocabulary
+    labeled, unlabeled = (Rows.find(place, columns, needs=("image", "caption")) for place in places[:2])
+    pseudo, _ = select(unlabeled, labeled, Folder(places[3]) / "_rounds/1", vocabulary, CONFIG)
+    assert pseudo.num_rows == result.rounds[1]["selection"]["num_selected"]
+    read = list(examples([labeled, pseudo], vocabulary, seed=(3,)).iter_rows())
+    seen = {(row["image"], row["caption"]): (list(row["targets"]), list(row["mask"])) for row in read}
+    assert len(seen) == len(read) == labeled.num_rows + pseudo.num_rows
+    for row in pq.read_table(places[0]).to_pylist():
+        targets, mask = seen[row["image"], row["caption"]]
+        assert [vocabulary.labels[place] for place in np.flatnonzero(targets)] == row["labels"]
+        assert all(mask)
+    for path in pseudo.selection.num_rows:
+        rows = pq.read_table(f"{places[1]}/{path}", partitioning=None).to_pylist()
+        for chosen in pq.read_table(pseudo.selection.folder.path(path), partitioning=None).to_pylist():
+            row = rows[chosen["row"]]
+            assert seen[row["image"], row["caption"]] == (chosen["targets"], chosen["mask"])
+
+
+def test_the_same_command_again_does_nothing_and_another_selection_is_refused(result, places):
+    before = Folder(places[3]).list()
+    again = self_train(*places, MODEL, TRAIN, CONFIG, compute=CPU)
+    assert again.rounds == result.rounds and again.bundle.fingerprint == result.bundle.fingerprint
+    assert Folder(places[3]).list() == before
+    with pytest.raises(OutputError, match=r"keep: 0\.5 -> 0\.6"):
+        self_train(*places, MODEL, TRAIN, SelfTrainConfig(keep=0.6), compute=CPU)
