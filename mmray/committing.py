@@ -24,6 +24,7 @@ from mmray.parquet import DataFile
 from mmray.plan import Plan, Shard, Work
 from mmray.progress import Progress
 from mmray.schema import Status
+from mmray.scoring import Pool
 from mmray.shards import Committer, FileRecord, Records
 
 OUTCOME = pa.schema(
@@ -43,7 +44,7 @@ TOLERATED_ERRORS = 20
 """Shards that may fail in passing, for the next pass to take up, before the run is given up."""
 
 
-def commit_shards(scored: ray.data.Dataset, committer: Committer) -> Generator[dict[str, Any]]:
+def commit_shards(scored: ray.data.Dataset, committer: Committer, pool: Pool) -> Generator[dict[str, Any]]:
     """Commit parcels as they come; gives an `OUTCOME` for each. To be closed: only that ends its actors."""
 
     def commit(packed: pa.Table) -> Iterator[pa.Table]:
@@ -51,7 +52,7 @@ def commit_shards(scored: ray.data.Dataset, committer: Committer) -> Generator[d
             outcome = _commit(committer, parcel)
             yield pa.Table.from_pylist([outcome], OUTCOME)
 
-    committed = scored.map_batches(commit, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
+    committed = scored.map_batches(commit, batch_size=1, batch_format="pyarrow", **pool.tasks())
     for batch in committed.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from batch.to_pylist()
 

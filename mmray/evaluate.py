@@ -111,7 +111,7 @@ def evaluate_model(
 
     with streaming():
         scored = score_shards(rows.folder, work, Scorer(bundle, columns, config, pool, hidden=hidden))
-        counts = scored.map_batches(count, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
+        counts = scored.map_batches(count, batch_size=1, batch_format="pyarrow", **pool.tasks())
         return rule.summary(_vectors(counts))
 
 

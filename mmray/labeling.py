@@ -151,7 +151,7 @@ def label_planned(
                 log.warning("%d shards are left; trying them again", work.num_pending)
             with streaming(tolerant=not last):
                 scored = score_shards(folder, work, scorer)
-                with closing(commit_shards(scored, committer)) as outcomes:
+                with closing(commit_shards(scored, committer, scorer.pool)) as outcomes:
                     tally.run(outcomes if work.pending else (), work, lease, line)
             # Where every record is there, a listing would only say so again, page after page.
             work = Work([], set(), []) if work.paths <= records.found.keys() else find_work(output, plan)

@@ -8,12 +8,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask
+from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask, TaskPoolStrategy
 from ray.data.block import BlockMetadata
 
 from mmray import retry
@@ -64,7 +64,7 @@ def score_shards(folder: Folder, work: Work, scorer: Scorer) -> ray.data.Dataset
     # Ray Data has no other door for the limits of retries than the arguments that it calls deprecated.
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
     source = ShardSource(folder, work, scorer.columns, scorer.earlier)
-    return ray.data.read_datasource(source, num_cpus=0.5).map_batches(
+    return ray.data.read_datasource(source, **pool.tasks()).map_batches(
         ScoreShards,
         fn_constructor_args=(scorer,),
         batch_size=1,
@@ -85,6 +85,8 @@ class Pool(NamedTuple):
     num_cpus: float
     num_gpus: float
     num_threads: int
+    num_tasks: int
+    """That may read at a time, and that may commit."""
 
     @classmethod
     def on_cluster(cls, compute: ComputeConfig) -> Pool:
@@ -98,14 +100,23 @@ class Pool(NamedTuple):
         use_gpu = compute.use_gpu if compute.use_gpu is not None else gpus > 0
         if use_gpu and not gpus:
             raise ConfigError("--use-gpu: the cluster has no GPU; use --no-gpu, or submit to one that has")
-        num_nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
-        workers = Workers.parse(compute.num_workers or (gpus if use_gpu else num_nodes))
-        share = cpus / workers.maximum
-        if use_gpu:
-            return cls(workers.minimum, workers.maximum, 1, 1, max(1, int(share)))
-        # Reading and committing need a CPU beside the actors, or they would wait for one another.
-        num_cpus = max(1, int(share) - 1) if share >= 2 else share / 2
-        return cls(workers.minimum, workers.maximum, num_cpus, 0, max(1, int(share)))
+        nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+        workers = Workers.parse(compute.num_workers or (gpus if use_gpu else sum(size > 0 for size in nodes)))
+        share = min(cpus / workers.maximum, max(nodes))  # no actor is larger than a node
+        # Reading and committing want a CPU beside the actors.
+        num_cpus = 1 if use_gpu else max(1, int(share) - 1) if share >= 2 else share / 2
+        num_tasks = 2 * max(workers.maximum, int(cpus - workers.maximum * num_cpus))
+        return cls(
+            *(workers.minimum, workers.maximum, num_cpus, float(use_gpu)), max(1, int(share)), num_tasks
+        )
+
+    def tasks(self) -> dict[str, Any]:
+        """Give the settings of tasks beside the actors: so many, and no CPU asked for.
+
+        After a node has died the actors may hold every CPU that is left. Tasks that asked for one would then
+        wait for the actors, and the actors for them.
+        """
+        return {"compute": TaskPoolStrategy(self.num_tasks), "num_cpus": 0}
 
     def settle_precision(self, config: LabelConfig) -> LabelConfig:
         """Fill in the precision that the device does best, unless one is asked for."""

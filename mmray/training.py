@@ -207,7 +207,8 @@ class TrainWorkers:
         if use_gpu and not gpus:
             raise ConfigError("--use-gpu: the cluster has no GPU; use --no-gpu, or submit to one that has")
         scaling = Workers.parse(compute.num_workers or (gpus if use_gpu else 1))
-        share = cpus / scaling.maximum
+        largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+        share = min(cpus / scaling.maximum, largest)
         # Decoding needs CPUs beside the workers, or both would wait for one another.
         return cls(scaling, use_gpu, min(1.0, (cpus - 1) / scaling.maximum), max(1, int(share)))
 
