@@ -19,7 +19,7 @@ from mmray.config import Columns, ComputeConfig, ModelConfig, SelfTrainConfig, T
 def main(data_uri: str, unlabeled_uri: str, val_uri: str, output_uri: str, **settings: Any) -> None:
     """Train a teacher, label the unlabeled rows with it, select the sure labels, and train a student.
 
-    Example: self_train.py --data s3://rows/train --unlabeled s3://rows/more --val s3://rows/val --output s3://m
+    Example: self_train.py --data rows/train --unlabeled rows/more --val rows/val --output models/second
     """
     with cluster():
         from rich.console import Console

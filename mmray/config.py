@@ -20,6 +20,10 @@ from mmray.uris import Prefixes
 Config = TypeVar("Config")
 
 SELECTIONS = ("class-aware", "confidence")
+AXES = (
+    *("fusion", "loss", "decision", "calibration", "ema"),
+    *("modality-dropout", "self-training", "backbone"),
+)
 FUSIONS = ("image", "text", "logits", "concat", "cross-attention")
 LOSSES = ("bce", "weighted-bce", "focal", "asymmetric")
 
@@ -108,19 +112,17 @@ class TrainConfig:
 
     epochs: int = option(10, "Passes over the training rows.")
     batch_size_per_worker: int = option(32, "Rows in one step of one worker.")
-    learning_rate: float = option(
-        1e-3, "Peak rate of AdamW for a global batch of 64; scaled with its square root."
-    )
+    learning_rate: float = option(1e-3, "Peak rate at a global batch of 64; grows with its root.")
     weight_decay: float = option(0.05, "Decay of weights; norms and biases are spared.")
     warmup_epochs: float = option(1.0, "Epochs of linear warm-up, before the cosine.")
     clip_norm: float = option(1.0, "Largest norm of the gradient.")
-    ema_decay: float = option(0.999, "Decay of the averaged weights that are validated and kept; 0 is off.")
-    patience: int = option(5, "Stop after this many epochs without a better validation sample F1.")
+    ema_decay: float = option(0.999, "Decay of the averaged weights, which are kept; 0 is off.")
+    patience: int = option(5, "Stop after so many epochs without a better sample F1.")
     loss: str = option("weighted-bce", "Training loss.", choices=LOSSES)
-    crop: float = option(0.5, "Least share of the area that a random crop keeps; 1 is off.")
-    colour: float = option(0.2, "Largest change of brightness, contrast and saturation; 0 is off.")
+    crop: float = option(0.5, "Least share of the area that a crop keeps; 1 is off.")
+    colour: float = option(0.2, "Largest change of a picture's colours; 0 is off.")
     word_dropout: float = option(0.1, "Share of the captions' tokens that are masked.")
-    modality_dropout: float = option(0.1, "Share of rows that lose their image, and as many their caption.")
+    modality_dropout: float = option(0.1, "Share of rows that lose their image; as many, a caption.")
     seed: int = option(0, "Seed of shuffling, augmentation and initial weights.")
 
     def __post_init__(self) -> None:
@@ -148,11 +150,11 @@ class SelfTrainConfig:
     rounds: int = option(1, "Students in a row, each the next one's teacher.")
     select: str = option(
         "class-aware",
-        "Which labels are taken: as many of each as occur, or the sure ones.",
+        "As many of each label as are expected, or the sure ones.",
         choices=SELECTIONS,
     )
-    keep: float = option(0.8, "Class-aware: share of the expected rows of each label that is taken.")
-    confidence: float = option(0.9, "Confidence: least score of what is taken as true; 1 - it, of false.")
+    keep: float = option(0.8, "Share of the expected rows that class-aware takes.")
+    confidence: float = option(0.9, "Least score of a true label; 1 - it, most of a false one.")
     targets: str = option(
         "hard", "What the student learns: 0 and 1, or the scores.", choices=("hard", "soft")
     )
@@ -164,6 +166,31 @@ class SelfTrainConfig:
         require_range("--rounds", self.rounds, 1, 100)
         require_range("--keep", self.keep, 0, 1)
         require_range("--confidence", self.confidence, 0.5, 1)
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """Which parts of a recipe are varied, and how often each variant is trained."""
+
+    axes: tuple[str, ...] = option(
+        ("fusion", "loss", "decision", "calibration", "ema", "modality-dropout"),
+        f"What is varied, of {', '.join(AXES)}; repeatable.",
+        flag="--axis",
+    )
+    seeds: int = option(3, "Trainings of each variant, with this many seeds in a row.")
+    backbones: tuple[str, ...] = option(
+        ("efficientnet_b4", "mobilenetv3_small_100", "ghostnet_050"),
+        "Image tower of the axis backbone; repeatable.",
+        flag="--backbone",
+    )
+    side_by_side: int = option(1, "Trainings at a time.")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be compared."""
+        for axis in self.axes:
+            require_choice("--axis", axis, AXES)
+        require_range("--seeds", self.seeds, 1, 1000)
+        require_range("--side-by-side", self.side_by_side, 1, 10_000)
 
 
 @dataclass(frozen=True)

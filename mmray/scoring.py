@@ -63,6 +63,7 @@ def score_shards(folder: Folder, work: Work, scorer: Scorer) -> ray.data.Dataset
     pool = scorer.pool
     # Ray Data has no other door for the limits of retries than the arguments that it calls deprecated.
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+    warnings.filterwarnings("ignore", "The maximum number of concurrent tasks")  # a small job has fewer
     source = ShardSource(folder, work, scorer.columns, scorer.earlier)
     return ray.data.read_datasource(source, **pool.tasks()).map_batches(
         ScoreShards,
@@ -105,7 +106,7 @@ class Pool(NamedTuple):
         share = min(cpus / workers.maximum, max(nodes))  # no actor is larger than a node
         # Reading and committing want a CPU beside the actors.
         num_cpus = 1 if use_gpu else max(1, int(share) - 1) if share >= 2 else share / 2
-        num_tasks = 2 * max(workers.maximum, int(cpus - workers.maximum * num_cpus))
+        num_tasks = max(2 * workers.maximum, int(cpus - workers.maximum * num_cpus))
         return cls(
             *(workers.minimum, workers.maximum, num_cpus, float(use_gpu)), max(1, int(share)), num_tasks
         )

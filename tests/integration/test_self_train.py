@@ -8,6 +8,7 @@ from mmray.bundle import Bundle
 from mmray.config import Columns, ComputeConfig, ModelConfig, SelfTrainConfig, TrainConfig
 from mmray.datasets import Rows, examples
 from mmray.errors import OutputError
+from mmray.evaluate import evaluate_model
 from mmray.pseudo import select
 from mmray.selection import as_matrix
 from mmray.self_train import self_train
@@ -18,25 +19,34 @@ pytestmark = pytest.mark.usefixtures("cluster")
 MODEL = ModelConfig(vision="test_efficientnet", image_size=32, max_tokens=16, width=32, pretrained=False)
 TRAIN = TrainConfig(epochs=1, batch_size_per_worker=16, learning_rate=3e-3, warmup_epochs=0.2)
 CONFIG = SelfTrainConfig(keep=0.5)
-CPU = ComputeConfig(use_gpu=False)
+TWO = ComputeConfig("2", use_gpu=False)
 
 
 @pytest.fixture(scope="module")
 def places(draw_rows, spoil, tmp_path_factory):
     """Give folders of labeled, unlabeled and validation rows, and one for the bundle."""
     folder = tmp_path_factory.mktemp("self-training")
-    rows = {"train": draw_rows(60, 1), "val": draw_rows(40, 2)}
+    bad = {3: "bad image", 5: "null image", 7: "null caption", 9: "null image, blank caption"}
+    rows = {"train": spoil(draw_rows(61, 1), bad)[0], "val": spoil(draw_rows(43, 2), bad)[0]}
     more, _ = spoil(draw_rows(150, 3), {3: "bad image, null caption", 4: "null image", 77: "null caption"})
     rows |= {"unlabeled/a": more.slice(0, 100), "unlabeled/deep/b": more.slice(100)}
     for path, table in rows.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, folder / f"{path}.parquet", row_group_size=30)
+        pq.write_table(table, folder / f"{path}.parquet", row_group_size=17)
     return [str(folder / name) for name in ("train.parquet", "unlabeled", "val.parquet", "bundle")]
 
 
 @pytest.fixture(scope="module")
 def result(cluster, places):
-    return self_train(*places, MODEL, TRAIN, CONFIG, compute=CPU)
+    return self_train(*places, MODEL, TRAIN, CONFIG, compute=TWO)
+
+
+def test_two_workers_on_uneven_rows_measure_what_one_process_measures(result, places):
+    student = f"{places[3]}/_rounds/1/bundle"
+    alone = evaluate_model(places[2], student, compute=ComputeConfig(use_gpu=False))
+    assert alone["num_rows"] == 43
+    for name in ("num_rows", "sample_f1", "micro_f1", "macro_f1", "map", "empty_rate", "fallback_rate"):
+        assert result.rounds[1]["metrics"][name] == pytest.approx(alone[name], abs=1e-6), name
 
 
 def test_the_best_rounds_bundle_is_the_one_that_stands_in_the_output(result, places):
@@ -89,8 +99,8 @@ def test_the_student_sees_labeled_rows_and_the_selected_ones_as_they_were_select
 
 def test_the_same_command_again_does_nothing_and_another_selection_is_refused(result, places):
     before = Folder(places[3]).list()
-    again = self_train(*places, MODEL, TRAIN, CONFIG, compute=CPU)
+    again = self_train(*places, MODEL, TRAIN, CONFIG, compute=TWO)
     assert again.rounds == result.rounds and again.bundle.fingerprint == result.bundle.fingerprint
     assert Folder(places[3]).list() == before
     with pytest.raises(OutputError, match=r"keep: 0\.5 -> 0\.6"):
-        self_train(*places, MODEL, TRAIN, SelfTrainConfig(keep=0.6), compute=CPU)
+        self_train(*places, MODEL, TRAIN, SelfTrainConfig(keep=0.6), compute=TWO)

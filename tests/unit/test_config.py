@@ -45,7 +45,7 @@ RECORDS = st.dictionaries(
         (ModelConfig, "num_heads", -1),
         (ModelConfig, "dropout", 1.0),
         (ModelConfig, "dropout", math.nan),
-        (TrainConfig, "loss", "focal"),
+        (TrainConfig, "loss", "hinge"),
         (TrainConfig, "epochs", 0),
         (TrainConfig, "batch_size_per_worker", 0),
         (TrainConfig, "learning_rate", 0.0),

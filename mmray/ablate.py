@@ -1,0 +1,247 @@
+"""What each part of the method is worth: the same recipe but for one part, over several seeds.
+
+OUTPUT/runs/NAME/result.json   what a variant gave with one seed; a rerun skips it
+OUTPUT/runs/NAME/bundle/       its bundle
+OUTPUT/ablation.md .csv .png   all of it: mean and standard deviation over the seeds
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import ray
+
+from mmray.config import (
+    FUSIONS,
+    LOSSES,
+    SELECTIONS,
+    AblationConfig,
+    Columns,
+    ComputeConfig,
+    ModelConfig,
+    SelfTrainConfig,
+    TrainConfig,
+    fingerprint,
+)
+from mmray.errors import ConfigError
+from mmray.evaluate import evaluate_model
+from mmray.progress import Progress
+from mmray.self_train import self_train
+from mmray.storage import Folder
+from mmray.training import train_model
+
+METRICS = ("sample_f1", "map", "macro_f1", "ece")
+TITLES = {"sample_f1": "sample F1", "map": "mAP", "macro_f1": "macro F1", "ece": "ECE"}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is trained, and how."""
+
+    model: ModelConfig
+    train: TrainConfig
+    self_train: SelfTrainConfig | None = None
+
+    def name(self) -> str:
+        """Name its folder: equal experiments, whatever axis they stand on, share a run."""
+        return f"{self.model.fusion}-{self.train.loss}-{self.train.seed}-{fingerprint(asdict(self))}"
+
+
+class Variant(NamedTuple):
+    """One value of an axis."""
+
+    axis: str
+    value: str
+    experiment: Experiment
+    reading: str = "per-label"
+    """What of its result counts; see `run`."""
+
+
+class Places(NamedTuple):
+    """Where the data is."""
+
+    data_uri: str
+    val_uri: str
+    unlabeled_uri: str | None
+    columns: Columns
+    compute: ComputeConfig
+
+
+def variants_of(base: Experiment, config: AblationConfig) -> Iterator[Variant]:
+    """Give the variants of each axis: the base, but for one part."""
+    model, train = base.model, base.train
+    if "fusion" in config.axes:
+        for fusion in FUSIONS:
+            yield Variant("fusion", fusion, replace(base, model=replace(model, fusion=fusion)))
+    if "loss" in config.axes:
+        for loss in LOSSES:
+            yield Variant("loss", loss, replace(base, train=replace(train, loss=loss)))
+    if "backbone" in config.axes:
+        for backbone in config.backbones:
+            yield Variant("backbone", backbone, replace(base, model=replace(model, vision=backbone)))
+    if "ema" in config.axes:
+        for decay in sorted({0.0, train.ema_decay}):
+            value = f"{decay:g}" if decay else "off"
+            yield Variant("ema", value, replace(base, train=replace(train, ema_decay=decay)))
+    if "modality-dropout" in config.axes:
+        for share in sorted({0.0, train.modality_dropout}):
+            changed = replace(base, train=replace(train, modality_dropout=share))
+            value = f"{share:g}" if share else "off"
+            yield Variant("modality-dropout", value, changed)
+            for hidden in ("image", "caption"):
+                yield Variant("modality-dropout", f"{value}, no {hidden}", changed, f"no {hidden}")
+    if "self-training" in config.axes:
+        yield Variant("self-training", "off", base)
+        for selection in SELECTIONS:
+            student = replace(base, self_train=SelfTrainConfig(select=selection))
+            yield Variant("self-training", selection, student)
+    for axis, readings in {
+        "decision": ("0.5", "single", "per-label"),
+        "calibration": ("uncalibrated", "per-label"),
+    }.items():
+        if axis in config.axes:
+            for reading in readings:
+                value = "on" if axis == "calibration" and reading == "per-label" else reading
+                yield Variant(axis, value, base, reading)
+
+
+def run(experiment: Experiment, places: Places, folder: Folder) -> dict[str, Any]:
+    """Train an experiment, unless that is done, and measure it.
+
+    Returns:
+        By reading, the METRICS: `0.5`, `single` and `per-label` are thresholds, `uncalibrated` leaves the
+        scores as the model gives them, `no image` and `no caption` hide these; and `seconds`.
+    """
+    known = folder.read_json("result.json")
+    if known is not None:
+        return dict(known)
+    started, bundle_uri = time.monotonic(), f"{folder}/bundle"
+    data_uri, val_uri, unlabeled_uri, columns, compute = places
+    settings = (experiment.model, experiment.train)
+    if experiment.self_train is None:
+        metrics = train_model(data_uri, val_uri, bundle_uri, *settings, columns, compute).metrics
+    else:
+        assert unlabeled_uri is not None
+        student = self_train(
+            *(data_uri, unlabeled_uri, val_uri, bundle_uri, *settings, experiment.self_train),
+            *(columns, compute),
+        )
+        metrics = student.rounds[-1]["metrics"]  # what the student is worth, were it the worse one, too
+    whole = {name: metrics[name] for name in METRICS}
+    result = {name: whole | found for name, found in metrics["by_decision"].items()}
+    result["uncalibrated"] = whole | {"ece": metrics["ece_uncalibrated"]}
+    if experiment.model.fusion not in ("image", "text"):
+        for hidden in ("image", "caption"):
+            seen = evaluate_model(val_uri, bundle_uri, columns, compute=compute, hidden=hidden)
+            result[f"no {hidden}"] = {name: seen[name] for name in METRICS}
+    result["seconds"] = time.monotonic() - started
+    folder.publish_json("result.json", result)
+    return result
+
+
+def ablate(
+    base: Experiment, config: AblationConfig, places: Places, output_uri: str, *, progress: bool = False
+) -> list[dict[str, Any]]:
+    """Run all variants with all seeds, as many side by side as the cluster has room for, and write them up.
+
+    Returns:
+        The rows of `ablation.csv`: axis, value, seeds, and of each metric mean and standard deviation.
+
+    Raises:
+        ConfigError: the axis of self-training lacks rows without labels.
+    """
+    if "self-training" in config.axes and places.unlabeled_uri is None:
+        raise ConfigError("the axis self-training needs --unlabeled")
+    output, variants = Folder(output_uri), list(variants_of(base, config))
+    experiments = {
+        seeded.name(): seeded
+        for variant in variants
+        for seeded in of_all_seeds(variant.experiment, config.seeds)
+    }
+    results = dict(run_all(experiments, places, output / "runs", config.side_by_side, progress=progress))
+    rows = [summarise(variant, config.seeds, results) for variant in variants]
+    output.publish("ablation.csv", as_csv(rows).encode())
+    output.publish("ablation.md", as_markdown(rows).encode())
+    output.publish("ablation.png", as_plot(rows))
+    return rows
+
+
+def of_all_seeds(experiment: Experiment, num_seeds: int) -> list[Experiment]:
+    """Give an experiment with its own seed and those that follow."""
+    train = experiment.train
+    return [replace(experiment, train=replace(train, seed=train.seed + place)) for place in range(num_seeds)]
+
+
+def run_all(
+    experiments: dict[str, Experiment], places: Places, runs: Folder, side_by_side: int, *, progress: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run experiments, so many at a time; gives each one's name and result as it is done."""
+    task = ray.remote(num_cpus=0, max_retries=2)(run)
+    waiting, running = list(experiments.items()), dict[ray.ObjectRef, str]()
+    with Progress("ablate", len(experiments), "runs") if progress else nullcontext() as bar:
+        for done in range(1, len(experiments) + 1):
+            while waiting and len(running) < side_by_side:
+                name, experiment = waiting.pop(0)
+                running[task.remote(experiment, places, runs / name)] = name
+            (ready,), _ = ray.wait(list(running))
+            yield running.pop(ready), ray.get(ready)
+            if bar:
+                bar.update(done)
+
+
+def summarise(variant: Variant, num_seeds: int, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Sum up what a variant gave over its seeds: a row of `ablation.csv`."""
+    found = [results[each.name()] for each in of_all_seeds(variant.experiment, num_seeds)]
+    row: dict[str, Any] = {"axis": variant.axis, "value": variant.value, "seeds": num_seeds}
+    for name in METRICS:
+        numbers = [result[variant.reading][name] for result in found]
+        row[name] = statistics.fmean(numbers)
+        row[f"{name}_std"] = statistics.stdev(numbers) if num_seeds > 1 else 0.0
+    return row | {"seconds": statistics.fmean(result["seconds"] for result in found)}
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    """Write rows as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def as_markdown(rows: list[dict[str, Any]]) -> str:
+    """Write rows as a Markdown table of mean ± standard deviation."""
+    lines = [f"| axis | value | {' | '.join(TITLES.values())} | s |", f"|---|---|{'---|' * len(METRICS)}---|"]
+    for row in rows:
+        cells = [f"{row[name]:.4f} ± {row[f'{name}_std']:.4f}" for name in METRICS]
+        lines.append(f"| {row['axis']} | {row['value']} | {' | '.join(cells)} | {row['seconds']:.0f} |")
+    return "\n".join([*lines, ""])
+
+
+def as_plot(rows: list[dict[str, Any]]) -> bytes:
+    """Draw rows: a PNG with sample F1 and mAP of each variant, and their standard deviations."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1 + 0.3 * len(rows)), layout="constrained")
+    names = [f"{row['axis']}: {row['value']}" for row in rows]
+    for axes, metric in zip(figure.subplots(1, 2, sharey=True), ("sample_f1", "map"), strict=True):
+        axes.errorbar(
+            [row[metric] for row in rows],
+            range(len(rows)),
+            xerr=[row[f"{metric}_std"] for row in rows],
+            fmt="o",
+        )
+        axes.set_yticks(range(len(rows)), names)
+        axes.set_xlabel(TITLES[metric])
+        axes.grid(axis="x")
+    figure.axes[0].invert_yaxis()
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()

@@ -1,0 +1,37 @@
+"""An ablation with real training: the runs, the tables, and a rerun that trains nothing."""
+
+import pyarrow.parquet as pq
+import pytest
+
+from mmray.ablate import Experiment, Places, ablate
+from mmray.bundle import Bundle
+from mmray.config import AblationConfig, Columns, ComputeConfig, ModelConfig, TrainConfig
+from mmray.storage import Folder
+
+MODEL = ModelConfig(fusion="text", max_tokens=16, width=32, pretrained=False)
+TRAIN = TrainConfig(epochs=1, batch_size_per_worker=16, learning_rate=3e-3, warmup_epochs=0.2)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_variants_that_share_a_training_are_trained_once_and_a_rerun_trains_nothing(draw_rows, tmp_path):
+    pq.write_table(draw_rows(64, 1), tmp_path / "train.parquet")
+    pq.write_table(draw_rows(40, 2), tmp_path / "val.parquet")
+    config = AblationConfig(axes=("decision", "calibration"), seeds=1)
+    places = [str(tmp_path / name) for name in ("train.parquet", "val.parquet")]
+    where = Places(*places, None, Columns(), ComputeConfig(use_gpu=False))
+    rows = ablate(Experiment(MODEL, TRAIN), config, where, str(tmp_path / "out"))
+
+    output = Folder(str(tmp_path / "out"))
+    (bundle,) = (path.removesuffix("/config.json") for path in output.list("bundle/config.json"))
+    metrics = (output / bundle).read_json("metrics.json")
+    assert Bundle.load(f"{output}/{bundle}").model_config.fusion == "text"
+    found = {(row["axis"], row["value"]): row for row in rows}
+    assert found["decision", "per-label"]["sample_f1"] == metrics["sample_f1"]
+    assert found["decision", "single"]["macro_f1"] == metrics["by_decision"]["single"]["macro_f1"]
+    assert found["calibration", "uncalibrated"]["ece"] == metrics["ece_uncalibrated"]
+    assert found["calibration", "on"]["ece"] == metrics["ece"]
+    assert {"ablation.md", "ablation.csv", "ablation.png"} <= output.list().keys()
+
+    before = {path: (tmp_path / "out" / path).stat().st_ino for path in output.list() if "runs/" in path}
+    assert ablate(Experiment(MODEL, TRAIN), config, where, str(tmp_path / "out")) == rows
+    assert before == {path: (tmp_path / "out" / path).stat().st_ino for path in before}
