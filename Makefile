@@ -16,9 +16,9 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/python jobs/demo.py --output build/demo
 
-# In two processes, since tests wait for Ray's processes to start; those that share a cluster stay together.
+# In two processes, since tests wait for Ray's processes to start; a file's tests share what is costly to make.
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # The tests of object storage against OpenStack Swift, where Debian's packages of it are installed.
 test-swift: setup

@@ -48,19 +48,6 @@ DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-SHARED = ("labeled", "reference")
-"""Fixtures of the session that take a whole job to make."""
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep together what shares a cluster or such a fixture, where tests run in several processes."""
-    for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        group = next((name for name in SHARED if name in fixtures), str(item.path))
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 class Archive(NamedTuple):
     """A dataset that holds everything that may occur, and what is wrong with which of its rows."""
 
