@@ -30,13 +30,15 @@ from mmray.config import (
     TrainConfig,
     fingerprint,
 )
-from mmray.errors import ConfigError
+from mmray.datasets import Rows
+from mmray.errors import ConfigError, OutputError
 from mmray.evaluate import evaluate_model
 from mmray.progress import Progress
 from mmray.self_train import self_train
 from mmray.storage import Folder
 from mmray.training import train_model
 
+DATA = "data.json"
 METRICS = ("sample_f1", "map", "macro_f1", "ece")
 TITLES = {"sample_f1": "sample F1", "map": "mAP", "macro_f1": "macro F1", "ece": "ECE"}
 
@@ -156,10 +158,12 @@ def ablate(
 
     Raises:
         ConfigError: the axis of self-training lacks rows without labels.
+        OutputError: the output's runs saw other rows.
     """
     if "self-training" in config.axes and places.unlabeled_uri is None:
         raise ConfigError("the axis self-training needs --unlabeled")
     output, variants = Folder(output_uri), list(variants_of(base, config))
+    require_same_data(output, places)
     experiments = {
         seeded.name(): seeded
         for variant in variants
@@ -171,6 +175,24 @@ def ablate(
     output.publish("ablation.md", as_markdown(rows).encode())
     output.publish("ablation.png", as_plot(rows))
     return rows
+
+
+def require_same_data(output: Folder, places: Places) -> None:
+    """Keep apart results of other rows, which the names of the runs do not tell apart.
+
+    Raises:
+        OutputError: the output's runs saw other rows; says which.
+    """
+    uris = {"--data": places.data_uri, "--val": places.val_uri, "--unlabeled": places.unlabeled_uri}
+    seen = {
+        name: fingerprint(Rows.find(uri, places.columns, needs=("image", "caption")).identity())
+        for name, uri in uris.items()
+        if uri is not None
+    }
+    known = output.read_json(DATA) or {}
+    if found := [name for name in seen if known.get(name, seen[name]) != seen[name]]:
+        raise OutputError(f"{output} is an ablation of other {', '.join(found)}; choose another --output")
+    output.publish_json(DATA, known | seen)
 
 
 def of_all_seeds(experiment: Experiment, num_seeds: int) -> list[Experiment]:

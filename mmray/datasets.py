@@ -146,7 +146,7 @@ class RowSource(Datasource):
                     block["image"] = pa.array(image_bytes(images), pa.large_binary())
                 if "caption" in block:  # of any layout, also those that Ray cannot send from task to task
                     block["caption"] = block["caption"].cast(pa.large_string())
-                if chosen:
+                if vocabulary and chosen:
                     block |= {name: chosen[name] for name in ("targets", "mask")}
                 elif vocabulary:
                     targets = vocabulary.encode(block.pop("labels")).astype(np.float32)

@@ -21,6 +21,7 @@ from rich.table import Table
 from mmray.bundle import Bundle
 from mmray.config import Columns, ComputeConfig, LabelConfig, ModelConfig, SelfTrainConfig, TrainConfig
 from mmray.datasets import Rows
+from mmray.errors import OutputError
 from mmray.labeling import label_dataset
 from mmray.pseudo import select
 from mmray.storage import Folder
@@ -29,6 +30,7 @@ from mmray.training import train_model
 log = logging.getLogger(__name__)
 
 ROUNDS = "_rounds"
+REPORT = f"{ROUNDS}/report.json"
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ def self_train(
     """
     config, columns = config or SelfTrainConfig(), columns or Columns()
     started, output = time.monotonic(), Folder(output_uri)
+    if output.read_json("config.json") is not None and output.read_json(REPORT) is None:
+        raise OutputError(f"{output} holds a bundle of unknown origin; choose another --output")
     settings: tuple[Any, ...] = (model, train, columns, compute)
     labeled = Rows.find(data_uri, columns)
     unlabeled = Rows.find(unlabeled_uri, columns, needs=("image", "caption"))
@@ -102,8 +106,8 @@ def self_train(
         rounds.append({"metrics": student.metrics, "selection": report})
         teacher = student
     best = max(range(len(rounds)), key=lambda number: rounds[number]["metrics"]["sample_f1"])
+    output.publish_json(REPORT, {"best": best, "rounds": rounds})
     publish_best(Folder(bundle_of(best)), output)
-    output.publish_json(f"{ROUNDS}/report.json", {"best": best, "rounds": rounds})
     return SelfTrainingResult(Bundle.load(output_uri), rounds, best, time.monotonic() - started)
 
 

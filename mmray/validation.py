@@ -104,10 +104,8 @@ class Validation(NamedTuple):
             return self.counts(scores, thresholds).summary(vocabulary.labels)
 
         metrics, brief = measure(scores, thresholds), ("sample_f1", "micro_f1", "macro_f1", "fallback_rate")
-        decisions = {"0.5": half, "single": single, "per-label": thresholds}
-        metrics["by_decision"] = {
-            name: {key: measure(scores, each)[key] for key in brief} for name, each in decisions.items()
-        }
+        found = {"0.5": measure(scores, half), "single": measure(scores, single), "per-label": metrics}
+        metrics |= {"by_decision": {name: {key: each[key] for key in brief} for name, each in found.items()}}
         metrics["ece_uncalibrated"] = measure(raw, half)["ece"]
         return Settled(calibration, thresholds, metrics)
 

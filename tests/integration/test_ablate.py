@@ -6,6 +6,7 @@ import pytest
 from mmray.ablate import Experiment, Places, ablate
 from mmray.bundle import Bundle
 from mmray.config import AblationConfig, Columns, ComputeConfig, ModelConfig, TrainConfig
+from mmray.errors import OutputError
 from mmray.storage import Folder
 
 MODEL = ModelConfig(fusion="text", max_tokens=16, width=32, pretrained=False)
@@ -35,3 +36,6 @@ def test_variants_that_share_a_training_are_trained_once_and_a_rerun_trains_noth
     before = {path: (tmp_path / "out" / path).stat().st_ino for path in output.list() if "runs/" in path}
     assert ablate(Experiment(MODEL, TRAIN), config, where, str(tmp_path / "out")) == rows
     assert before == {path: (tmp_path / "out" / path).stat().st_ino for path in before}
+    with pytest.raises(OutputError, match="other --val"):
+        other = where._replace(val_uri=places[0])
+        ablate(Experiment(MODEL, TRAIN), config, other, str(tmp_path / "out"))

@@ -102,5 +102,7 @@ def test_the_same_command_again_does_nothing_and_another_selection_is_refused(re
     again = self_train(*places, MODEL, TRAIN, CONFIG, compute=TWO)
     assert again.rounds == result.rounds and again.bundle.fingerprint == result.bundle.fingerprint
     assert Folder(places[3]).list() == before
+    with pytest.raises(OutputError, match="unknown origin"):
+        self_train(*places[:3], f"{places[3]}/_rounds/0/bundle", MODEL, TRAIN, CONFIG, compute=TWO)
     with pytest.raises(OutputError, match=r"keep: 0\.5 -> 0\.6"):
         self_train(*places, MODEL, TRAIN, SelfTrainConfig(keep=0.6), compute=TWO)
