@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from mmray.errors import DataError
+from mmray.randaugment import Operation, apply_operations, draw_operations
 
 DECODER = "pillow-1"
 """Names the pixels that `decode_image` gives. Part of the fingerprint: change it when they change."""
@@ -46,21 +47,24 @@ _TURNS = {
 
 
 class View(NamedTuple):
-    """One random look at an image: where it is cropped, whether it is mirrored, how its colours change."""
+    """One random look at an image: where it is cropped, whether it is mirrored, what becomes of it then."""
 
     box: Box = (0.0, 0.0, 1.0, 1.0)
     mirrored: bool = False
     brightness: float = 1.0
     contrast: float = 1.0
     saturation: float = 1.0
+    operations: tuple[Operation, ...] = ()
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random crop, mirror and colour for training."""
+    """Random crop, mirror, colour and RandAugment for training."""
 
     crop: float
     colour: float
+    magnitude: float = 0
+    """Of RandAugment, 0 to 10; 0 is off."""
 
     def draw(self, generator: np.random.Generator) -> View:
         """Draw a view.
@@ -77,7 +81,10 @@ class Augmentation:
         left, top = generator.uniform(0, 1 - width), generator.uniform(0, 1 - height)
         factors = 1 + generator.uniform(-self.colour, self.colour, 3)
         box = (float(left), float(top), float(left + width), float(top + height))
-        return View(box, bool(generator.random() < 0.5), *(float(factor) for factor in factors))
+        mirrored = bool(generator.random() < 0.5)
+        operations = draw_operations(generator, self.magnitude) if self.magnitude else ()
+        brightness, contrast, saturation = map(float, factors)
+        return View(box, mirrored, brightness, contrast, saturation, operations)
 
 
 def decode_image(data: bytes, size_px: int, view: View | None = None) -> np.ndarray:
@@ -151,6 +158,8 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 def _look(pixels: np.ndarray, view: View) -> np.ndarray:
     if view.mirrored:
         pixels = pixels[:, ::-1]
+    if view.operations:
+        pixels = np.asarray(apply_operations(Image.fromarray(pixels), view.operations))
     if view.brightness == view.contrast == view.saturation == 1:
         return np.ascontiguousarray(pixels)
     colours = pixels.astype(np.float32) * view.brightness

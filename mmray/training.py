@@ -219,7 +219,7 @@ def fit(
     """Run Ray Train until the recipe is done; gives the best epoch's checkpoint."""
     config, vocabulary = job.train, job.start.vocabulary
     seed = (config.seed, num_epochs_done(output))
-    augmentation = Augmentation(config.crop, config.colour)
+    augmentation = Augmentation(config.crop, config.colour, config.rand_augment)
     filesystem, path = (output / RUN).arrow()
     low, high = workers.scaling.minimum, workers.scaling.maximum
     trainer = TorchTrainer(

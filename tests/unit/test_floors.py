@@ -28,7 +28,8 @@ FLOORS = [
             "lease",
             "progress",
         ),
-        *("images", "captions", "decoding", "model", "losses", "metrics", "decisions", "bundle", "planning"),
+        *("randaugment", "images", "captions", "decoding", "model", "losses", "metrics", "decisions"),
+        *("bundle", "planning"),
         *("selection", "labeler", "isolation", "tables", "learner", "validation", "card", "cli"),
     ],
     # 2: on Ray Data and Ray Train
