@@ -34,10 +34,11 @@ from mmray.config import Columns, ComputeConfig, ModelConfig, TrainConfig, Worke
 from mmray.datasets import ExactValidation, Rows, count_labels, decode_rows, examples, sample_captions
 from mmray.errors import ConfigError, DataError, OutputError
 from mmray.images import Augmentation
-from mmray.model import build_model, describe_encoder
+from mmray.model import build_model
 from mmray.progress import Progress
 from mmray.schema import Vocabulary
 from mmray.storage import Folder
+from mmray.towers import describe_encoder
 from mmray.validation import Validation
 from mmray.worker import Start, TrainJob, train_worker
 

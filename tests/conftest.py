@@ -105,9 +105,10 @@ def make_bundle(draw_rows: Callable[..., pa.Table]) -> Callable[..., str]:
         from mmray.config import ModelConfig
         from mmray.decisions import Calibration
         from mmray.labeler import Labeler
-        from mmray.model import build_model, describe_encoder
+        from mmray.model import build_model
         from mmray.schema import Vocabulary
         from mmray.storage import Folder
+        from mmray.towers import describe_encoder
 
         config = ModelConfig(
             vision="test_efficientnet",

@@ -49,7 +49,7 @@ from mmray.config import Columns, LabelConfig, ModelConfig
 from mmray.decisions import Calibration
 from mmray.labeler import Labeler
 from mmray.lease import LEASE, this_process
-from mmray.model import build_model, describe_encoder
+from mmray.model import build_model
 from mmray.parquet import find_files
 from mmray.plan import PIECES, Plan, shards_of
 from mmray.planning import plan_labeling
@@ -58,6 +58,7 @@ from mmray.schema import CANONICAL_SCHEMA, KeptScores, Vocabulary
 from mmray.shards import MANIFEST, RECORDS, Committer, Records
 from mmray.storage import Folder
 from mmray.tables import TableLabeler
+from mmray.towers import describe_encoder
 from mmray.verify import Expected, check_file
 
 JOBS = Path(__file__).parents[2] / "jobs"

@@ -14,9 +14,10 @@ from mmray.config import ModelConfig
 from mmray.decisions import Calibration
 from mmray.errors import BundleError
 from mmray.labeler import make_inputs
-from mmray.model import build_model, describe_encoder
+from mmray.model import build_model
 from mmray.schema import Vocabulary
 from mmray.storage import Folder
+from mmray.towers import describe_encoder
 
 CONFIG = ModelConfig(
     vision="test_efficientnet", image_size=32, max_tokens=12, width=16, num_heads=2, pretrained=False

@@ -19,11 +19,12 @@ from mmray.decisions import Calibration, decide
 from mmray.errors import BundleError, ConfigError
 from mmray.images import decode_image
 from mmray.labeler import Labeler, decode_row, make_inputs
-from mmray.model import build_model, describe_encoder
+from mmray.model import build_model
 from mmray.rowgroups import DAMAGE
 from mmray.schema import KeptScores, Status, Vocabulary
 from mmray.storage import Folder
 from mmray.tables import TableLabeler
+from mmray.towers import describe_encoder
 
 SIZE_PX = 32
 CAPTIONS = [

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from mmray.config import FUSIONS, ModelConfig, TrainConfig
 from mmray.learner import BASE_BATCH_SIZE, Learner, drop_modalities, drop_words, freeze_unused
 from mmray.losses import asymmetric, binary_cross_entropy, focal
-from mmray.model import Inputs, build_model, describe_encoder
+from mmray.model import Inputs, build_model
+from mmray.towers import describe_encoder
 
 SIZE_PX = 64
 NUM_WORDS = 20

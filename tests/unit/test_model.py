@@ -8,7 +8,8 @@ from huggingface_hub import constants
 
 from mmray.config import FUSIONS, ModelConfig
 from mmray.errors import ConfigError
-from mmray.model import Inputs, build_model, describe_encoder, masked_mean
+from mmray.model import Inputs, build_model, masked_mean
+from mmray.towers import describe_encoder
 
 NUM_LABELS = 5
 NUM_WORDS = 40
