@@ -1,10 +1,8 @@
 """Training: the TorchTrainer around `mmray.worker`, from two datasets to a bundle.
 
-OUTPUT/                     the bundle, when training is done
-OUTPUT/_train/recipe.json   what is trained on what: another recipe is refused
-OUTPUT/_train/start.json    vocabulary, label counts, caption tower: made once, so that a resumed run agrees
-OUTPUT/_train/tokenizer/
-OUTPUT/_train/run/          Ray Train's checkpoints, one an epoch; the best and the latest are kept
+OUTPUT/             the bundle, when training is done
+OUTPUT/_train/      what it started from: see `mmray.start`
+OUTPUT/_train/run/  Ray Train's checkpoints, one an epoch; the best and the latest are kept
 """
 
 from __future__ import annotations
@@ -14,12 +12,11 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import numpy as np
 import ray
 import ray.data
 import ray.train
@@ -27,26 +24,20 @@ import safetensors.torch
 from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
-from mmray.bundle import Bundle, save_bundle, tokenizer_files
-from mmray.captions import load_tokenizer, train_tokenizer
+from mmray.bundle import Bundle, save_bundle
 from mmray.card import model_card
-from mmray.config import Columns, ComputeConfig, ModelConfig, TrainConfig, Workers, differences, fingerprint
-from mmray.datasets import ExactValidation, Rows, count_labels, decode_rows, examples, sample_captions
-from mmray.errors import ConfigError, DataError, OutputError
+from mmray.config import Columns, ComputeConfig, ModelConfig, TrainConfig, Workers
+from mmray.datasets import ExactValidation, Rows, decode_rows, examples
+from mmray.errors import ConfigError, DataError
 from mmray.images import Augmentation
 from mmray.model import build_model
 from mmray.progress import Progress
-from mmray.schema import Vocabulary
+from mmray.start import RECIPE, RUN, is_finished, prepare_start, recipe_of
 from mmray.storage import Folder
-from mmray.towers import describe_encoder
 from mmray.validation import Validation
-from mmray.worker import Start, TrainJob, train_worker
+from mmray.worker import TrainJob, train_worker
 
 log = logging.getLogger(__name__)
-
-CAPTIONS_FOR_TOKENIZER = 1_000_000
-RUN = "_train"
-RECIPE, START = f"{RUN}/recipe.json", f"{RUN}/start.json"
 
 
 @dataclass(frozen=True)
@@ -116,75 +107,6 @@ def train_model(
     kept = replace(model, vision=built.image.architecture) if built.image else model
     bundle, metrics = save_best(output, best, replace(job, model=kept))
     return TrainingResult(bundle, metrics, time.monotonic() - started, False)
-
-
-def recipe_of(parts: list[Rows], val: Rows, model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
-    """Give all that the trained model depends on."""
-    columns = asdict(val.columns) | {"image_prefixes": [*val.columns.image_prefixes]}  # JSON has no tuples
-    return {
-        **{name: fingerprint(part.identity()) for name, part in zip(("data", "pseudo"), parts, strict=False)},
-        "val": fingerprint(val.identity()),
-        "columns": columns,
-        "model": asdict(model),
-        "train": asdict(train),
-    }
-
-
-def is_finished(output: Folder, recipe: dict[str, Any]) -> bool:
-    """Tell whether an output holds the recipe's bundle already.
-
-    Raises:
-        OutputError: another recipe has the output; says what differs.
-    """
-    known = output.read_json(RECIPE)
-    finished = output.read_json("config.json") is not None
-    if known is None:
-        if finished:
-            raise OutputError(f"{output} holds a bundle of unknown origin; choose another --output")
-    elif found := differences(known, recipe):
-        raise OutputError(f"{output} was trained otherwise ({'; '.join(found)}); choose another --output")
-    return finished
-
-
-def prepare_start(output: Folder, parts: list[Rows], val: Rows, model: ModelConfig) -> Start:
-    """Find what training starts from, or make and publish it.
-
-    Raises:
-        DataError: no labels, or validation rows with labels that training never shows.
-    """
-    record = output.read_json(START)
-    if record is not None:
-        files = {name: output.read(f"{RUN}/tokenizer/{name}") for name in record["tokenizer"]}
-        vocabulary = Vocabulary(tuple(record["labels"]))
-        return Start(
-            vocabulary,
-            record["num_labeled"],
-            np.array(record["positives"], np.int64),
-            record["text_config"],
-            files,
-        )
-    vocabulary, positives = count_labels(parts[0])
-    unknown = sorted(set(count_labels(val)[0].labels) - set(vocabulary.labels), key=str)
-    if unknown:
-        raise DataError(f"{val.folder}: labels {unknown[:5]} occur in validation and never in training")
-    if model.pretrained:
-        text_config = describe_encoder(model)  # first, since it knows best what is out of reach
-        tokenizer = load_tokenizer(model.text)
-    else:
-        tokenizer = train_tokenizer(sample_captions(parts, CAPTIONS_FOR_TOKENIZER))
-        text_config = describe_encoder(model, len(tokenizer))
-    start = Start(vocabulary, parts[0].num_rows, positives, text_config, tokenizer_files(tokenizer))
-    for name, data in start.tokenizer_files.items():
-        output.publish(f"{RUN}/tokenizer/{name}", data)
-    record = {
-        "labels": list(vocabulary.labels),
-        "num_labeled": start.num_labeled,
-        "positives": positives.tolist(),
-        "text_config": start.text_config,
-        "tokenizer": sorted(start.tokenizer_files),
-    }
-    output.publish_json(START, record)
-    return start
 
 
 @dataclass(frozen=True)

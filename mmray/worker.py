@@ -21,24 +21,11 @@ from mmray.captions import tokenize
 from mmray.config import ModelConfig, TrainConfig
 from mmray.learner import Batches, Learner, drop_modalities, drop_words, freeze_unused, inputs_of
 from mmray.model import build_model
-from mmray.schema import Vocabulary
+from mmray.start import Start
 from mmray.validation import Validation, add_up
 
 SHUFFLE_BUFFER_BYTES = 256 << 20
 NEWS_INTERVAL_S = 0.5
-
-
-@dataclass(frozen=True)
-class Start:
-    """What training starts from, beside the recipe."""
-
-    vocabulary: Vocabulary
-    num_labeled: int
-    """Training rows whose labels were counted."""
-    positives: np.ndarray
-    """int64 (L,), those that bear each label."""
-    text_config: dict[str, Any]
-    tokenizer_files: dict[str, bytes]
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ FLOORS = [
         *("selection", "labeler", "isolation", "tables", "learner", "validation", "card", "cli"),
     ],
     # 2: on Ray Data and Ray Train
-    ["datasets", "worker", "training", "scoring", "committing", "labeling", "verify", "pseudo"],
+    ["datasets", "start", "worker", "training", "scoring", "committing", "labeling", "verify", "pseudo"],
     # 3: one module for each further job
     ["prepare", "evaluate", "demo", "self_train", "ablate", "report", "export", "bench"],
 ]

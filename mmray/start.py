@@ -1,0 +1,108 @@
+"""What training starts from: made once and published, so that a run that goes on agrees with how it began.
+
+OUTPUT/_train/recipe.json   what is trained on what: another recipe is refused
+OUTPUT/_train/start.json    vocabulary, label counts, caption tower
+OUTPUT/_train/tokenizer/
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from mmray.bundle import tokenizer_files
+from mmray.captions import load_tokenizer, train_tokenizer
+from mmray.config import ModelConfig, TrainConfig, differences, fingerprint
+from mmray.datasets import Rows, count_labels, sample_captions
+from mmray.errors import DataError, OutputError
+from mmray.schema import Vocabulary
+from mmray.storage import Folder
+from mmray.towers import describe_encoder
+
+CAPTIONS_FOR_TOKENIZER = 1_000_000
+RUN = "_train"
+RECIPE, START = f"{RUN}/recipe.json", f"{RUN}/start.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What training starts from, beside the recipe."""
+
+    vocabulary: Vocabulary
+    num_labeled: int
+    """Training rows whose labels were counted."""
+    positives: np.ndarray
+    """int64 (L,), those that bear each label."""
+    text_config: dict[str, Any]
+    tokenizer_files: dict[str, bytes]
+
+
+def recipe_of(parts: list[Rows], val: Rows, model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
+    """Give all that the trained model depends on."""
+    columns = asdict(val.columns) | {"image_prefixes": [*val.columns.image_prefixes]}  # JSON has no tuples
+    return {
+        **{name: fingerprint(part.identity()) for name, part in zip(("data", "pseudo"), parts, strict=False)},
+        "val": fingerprint(val.identity()),
+        "columns": columns,
+        "model": asdict(model),
+        "train": asdict(train),
+    }
+
+
+def is_finished(output: Folder, recipe: dict[str, Any]) -> bool:
+    """Tell whether an output holds the recipe's bundle already.
+
+    Raises:
+        OutputError: another recipe has the output; says what differs.
+    """
+    known = output.read_json(RECIPE)
+    finished = output.read_json("config.json") is not None
+    if known is None:
+        if finished:
+            raise OutputError(f"{output} holds a bundle of unknown origin; choose another --output")
+    elif found := differences(known, recipe):
+        raise OutputError(f"{output} was trained otherwise ({'; '.join(found)}); choose another --output")
+    return finished
+
+
+def prepare_start(output: Folder, parts: list[Rows], val: Rows, model: ModelConfig) -> Start:
+    """Find what training starts from, or make and publish it.
+
+    Raises:
+        DataError: no labels, or validation rows with labels that training never shows.
+    """
+    record = output.read_json(START)
+    if record is not None:
+        files = {name: output.read(f"{RUN}/tokenizer/{name}") for name in record["tokenizer"]}
+        vocabulary = Vocabulary(tuple(record["labels"]))
+        return Start(
+            vocabulary,
+            record["num_labeled"],
+            np.array(record["positives"], np.int64),
+            record["text_config"],
+            files,
+        )
+    vocabulary, positives = count_labels(parts[0])
+    unknown = sorted(set(count_labels(val)[0].labels) - set(vocabulary.labels), key=str)
+    if unknown:
+        raise DataError(f"{val.folder}: labels {unknown[:5]} occur in validation and never in training")
+    if model.pretrained:
+        text_config = describe_encoder(model)  # first, since it knows best what is out of reach
+        tokenizer = load_tokenizer(model.text)
+    else:
+        tokenizer = train_tokenizer(sample_captions(parts, CAPTIONS_FOR_TOKENIZER))
+        text_config = describe_encoder(model, len(tokenizer))
+    start = Start(vocabulary, parts[0].num_rows, positives, text_config, tokenizer_files(tokenizer))
+    for name, data in start.tokenizer_files.items():
+        output.publish(f"{RUN}/tokenizer/{name}", data)
+    record = {
+        "labels": list(vocabulary.labels),
+        "num_labeled": start.num_labeled,
+        "positives": positives.tolist(),
+        "text_config": start.text_config,
+        "tokenizer": sorted(start.tokenizer_files),
+    }
+    output.publish_json(START, record)
+    return start
