@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import mmray
+
 HOUSE = Path(__file__).parents[2] / "mmray"
 
 FLOORS = [
@@ -128,6 +130,19 @@ def loaded_by(module):
 
 def test_importing_the_package_loads_neither_torch_nor_ray():
     assert not loaded_by("mmray") & {"torch", "ray", "timm", "transformers", "pyarrow"}
+
+
+def test_the_package_gives_what_it_promises_when_it_is_asked():
+    for name in mmray.__all__:
+        assert getattr(mmray, name).__module__.startswith("mmray.")
+    assert set(mmray.__all__) <= set(dir(mmray))
+    with pytest.raises(AttributeError, match="no attribute 'label_datasets'"):
+        _ = mmray.label_datasets
+
+
+def test_the_labeler_comes_without_ray():
+    loaded = loaded_by("mmray; mmray.Labeler")
+    assert "torch" in loaded and "ray" not in loaded
 
 
 def test_the_model_and_the_labeler_do_not_load_ray():
