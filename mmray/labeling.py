@@ -191,14 +191,18 @@ def ending_gently() -> Iterator[None]:
         yield
         return
 
-    # A signal to the thread itself: nothing less wakes it where it waits for a lock.
-    timer = threading.Timer(GRACE_S, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+    # A signal to the thread itself: nothing less wakes it where it waits for a lock. The same signal again,
+    # since the other one that ends a job, SIGINT, is ignored in what a script starts in the background.
+    timer = threading.Timer(GRACE_S, signal.pthread_kill, (threading.get_ident(), signal.SIGTERM))
     timer.daemon = True
 
     def end(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, end_now)
         log.warning("told to end: finishing what is being committed")
-        signal.signal(signal.SIGTERM, before)
         timer.start()
+
+    def end_now(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, end)
     try:

@@ -142,6 +142,8 @@ class Job:
     address: str | None
     """Of the Ray cluster it joins; None lets each run start its own."""
     options: tuple[str, ...] = ()
+    under: tuple[str, ...] = ()
+    """A command that runs it, such as `env` with options."""
     environment: dict[str, str] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
 
@@ -149,6 +151,7 @@ class Job:
     def command(self):
         """Give the command."""
         return [
+            *self.under,
             *(sys.executable, str(JOBS / "label.py"), "--input", str(self.rows), "--model", self.bundle_uri),
             *(
                 "--output",

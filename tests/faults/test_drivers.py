@@ -24,8 +24,17 @@ def terminate(run):
     return run.wait(), time.monotonic() - started
 
 
-def test_sigterm_ends_a_job_in_time_and_the_same_command_resumes(job, reference):
+@pytest.mark.parametrize(
+    "under",
+    [
+        (),
+        # As in what a script starts with `&`.
+        pytest.param(("env", "--ignore-signal=INT"), marks=pytest.mark.faults, id="in the background"),
+    ],
+)
+def test_sigterm_ends_a_job_in_time_and_the_same_command_resumes(make_job, reference, under):
     """One shard is never committed, so that the job cannot come to its end in the time that it has left."""
+    job = make_job(under=under)
     run = job.start("pause before publish _mmray/pieces/a.parquet/1-1001.parquet")
     run.reached()
     status, seconds = terminate(run)

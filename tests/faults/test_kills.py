@@ -96,20 +96,14 @@ def traces(output):
 
 @pytest.mark.faults
 def test_random_kills_change_nothing(job, reference, seed):
-    """Three kills on one output: of the first run, and of those that resume."""
+    """Kill after kill on one output: of the first run as long as it lives, and of two that resume."""
     generator = random.Random(seed)
     for _ in range(3):
         run = job.start()
-        victim = generator.choice((DRIVER, ACTOR, ANY))
-        delay = generator.uniform(0, reference.seconds)
         plan = job.output / "_mmray" / "plan" / "00000.parquet"
         while run.process.poll() is None and not plan.exists():
             time.sleep(0.01)
-        deadline = time.monotonic() + delay
-        while run.process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        hit = run.process.poll() is None and run.kill(victim)
-        print(f"seed {seed}: {victim} after {delay:.2f} s: {'hit' if hit else 'was not there'}")
+        victim = kill_at_random(run, generator, reference.seconds, seed)
         status = run.wait()
         assert status in ((0, 3, -9) if victim == DRIVER else (0, 3)), run.told()
         if status == 0:
@@ -117,3 +111,18 @@ def test_random_kills_change_nothing(job, reference, seed):
     job.finish()
     leftovers = reference.compare(job.output)
     print(f"seed {seed}: {len(leftovers)} temporary files were left by killed writers")
+
+
+def kill_at_random(run, generator, seconds, seed):
+    """Kill one of a run's processes after another, until it ends or its driver was hit; give the last victim."""
+    while True:
+        victim, delay = generator.choice((DRIVER, ACTOR, ANY)), generator.uniform(0, seconds)
+        deadline = time.monotonic() + delay
+        while run.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if run.process.poll() is not None:
+            return None
+        hit = run.kill(victim)
+        print(f"seed {seed}: {victim} after {delay:.2f} s: {'hit' if hit else 'was not there'}")
+        if hit and victim == DRIVER:
+            return victim
