@@ -114,7 +114,7 @@ def test_random_kills_change_nothing(job, reference, seed):
 
 
 def kill_at_random(run, generator, seconds, seed):
-    """Kill one of a run's processes after another, until it ends or its driver was hit; give the last victim."""
+    """Kill processes of a run until it ends or its driver was hit; give the last victim."""
     while True:
         victim, delay = generator.choice((DRIVER, ACTOR, ANY)), generator.uniform(0, seconds)
         deadline = time.monotonic() + delay
