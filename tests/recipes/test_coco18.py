@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from held_out import refuse_held_out
 
 REPOSITORY = Path(__file__).parents[2]
 pytestmark = pytest.mark.recipe
@@ -31,6 +32,7 @@ def measure(*options: object, to: Path) -> dict:
 def bundle(coco18: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train by the recipe, into build/coco18 so that a second run of these tests finds it done."""
     output = REPOSITORY / "build" / "coco18"
+    refuse_held_out(coco18 / "train")
     recipe = ("--config", "jobs/recipes/coco18.yaml")
     run("train", *recipe, "--data", coco18 / "train", "--val", coco18 / "val", "--output", output)
     return output
