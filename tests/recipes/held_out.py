@@ -1,4 +1,4 @@
-"""Which rows of the real data may train a model: the ids from 24,000 on are for validation and for the final test."""
+"""Which rows of the real data may train a model: ids from 24,000 on are for validation and the final test."""
 
 from pathlib import Path
 
