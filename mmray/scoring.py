@@ -19,12 +19,12 @@ from ray.data.block import BlockMetadata
 from mmray import retry
 from mmray.bundle import Bundle
 from mmray.config import Columns, ComputeConfig, LabelConfig, Workers
-from mmray.errors import ConfigError
 from mmray.faults import moment
 from mmray.fetch import fetch_images
 from mmray.parcels import Parcel, unpack
 from mmray.parquet import MAX_SHARD_BYTES, DataFile, Unit, read_units
 from mmray.plan import Shard, Work, shards_of
+from mmray.resources import Resources
 from mmray.schema import KeptScores
 from mmray.storage import Folder
 
@@ -96,17 +96,14 @@ class Pool(NamedTuple):
         Raises:
             ConfigError: GPUs are asked for, and the cluster has none.
         """
-        resources = ray.cluster_resources()
-        cpus, gpus = resources.get("CPU", 1), int(resources.get("GPU", 0))
-        use_gpu = compute.use_gpu if compute.use_gpu is not None else gpus > 0
-        if use_gpu and not gpus:
-            raise ConfigError("--use-gpu: the cluster has no GPU; use --no-gpu, or submit to one that has")
-        nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-        workers = Workers.parse(compute.num_workers or (gpus if use_gpu else sum(size > 0 for size in nodes)))
-        share = min(cpus / workers.maximum, max(nodes))  # no actor is larger than a node
+        there = Resources.of_cluster()
+        use_gpu = there.use_gpu(compute)
+        default = there.gpus if use_gpu else sum(cpus > 0 for cpus in there.nodes)
+        workers = Workers.parse(compute.num_workers or default)
+        share = there.share(workers.maximum)
         # Reading and committing want a CPU beside the actors.
         num_cpus = 1 if use_gpu else max(1, int(share) - 1) if share >= 2 else share / 2
-        num_tasks = max(2 * workers.maximum, int(cpus - workers.maximum * num_cpus))
+        num_tasks = max(2 * workers.maximum, int(there.cpus - workers.maximum * num_cpus))
         return cls(
             *(workers.minimum, workers.maximum, num_cpus, float(use_gpu)), max(1, int(share)), num_tasks
         )

@@ -28,10 +28,11 @@ from mmray.bundle import Bundle, save_bundle
 from mmray.card import model_card
 from mmray.config import Columns, ComputeConfig, ModelConfig, TrainConfig, Workers
 from mmray.datasets import ExactValidation, Rows, decode_rows, examples
-from mmray.errors import ConfigError, DataError
+from mmray.errors import DataError
 from mmray.images import Augmentation
 from mmray.model import build_model
 from mmray.progress import Progress
+from mmray.resources import Resources
 from mmray.start import RECIPE, RUN, is_finished, prepare_start, recipe_of
 from mmray.storage import Folder
 from mmray.validation import Validation
@@ -125,15 +126,16 @@ class TrainWorkers:
         Raises:
             ConfigError: GPUs are asked for, and the cluster has none.
         """
-        cpus, gpus = ray.cluster_resources().get("CPU", 1), int(ray.cluster_resources().get("GPU", 0))
-        use_gpu = compute.use_gpu if compute.use_gpu is not None else gpus > 0
-        if use_gpu and not gpus:
-            raise ConfigError("--use-gpu: the cluster has no GPU; use --no-gpu, or submit to one that has")
-        scaling = Workers.parse(compute.num_workers or (gpus if use_gpu else 1))
-        largest = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
-        share = min(cpus / scaling.maximum, largest)
+        there = Resources.of_cluster()
+        use_gpu = there.use_gpu(compute)
+        scaling = Workers.parse(compute.num_workers or (there.gpus if use_gpu else 1))
         # Decoding needs CPUs beside the workers, or both would wait for one another.
-        return cls(scaling, use_gpu, min(1.0, (cpus - 1) / scaling.maximum), max(1, int(share)))
+        return cls(
+            scaling,
+            use_gpu,
+            min(1.0, (there.cpus - 1) / scaling.maximum),
+            max(1, int(there.share(scaling.maximum))),
+        )
 
 
 def fit(

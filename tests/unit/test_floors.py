@@ -45,7 +45,18 @@ FLOORS = [
         *("selection", "labeler", "isolation", "tables", "learner", "validation", "card", "cli"),
     ],
     # 2: on Ray Data and Ray Train
-    ["datasets", "start", "worker", "training", "scoring", "committing", "labeling", "verify", "pseudo"],
+    [
+        "resources",
+        "datasets",
+        "start",
+        "worker",
+        "training",
+        "scoring",
+        "committing",
+        "labeling",
+        "verify",
+        "pseudo",
+    ],
     # 3: one module for each further job
     ["prepare", "evaluate", "demo", "self_train", "ablate", "report", "export", "bench"],
 ]
