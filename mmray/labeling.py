@@ -7,23 +7,25 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import ray
+import ray.data
 
 from mmray import errors
 from mmray.bundle import Bundle
 from mmray.committing import Tally, commit_shards, describe
 from mmray.config import Columns, ComputeConfig, LabelConfig
-from mmray.errors import OutputError, StorageError
+from mmray.errors import StorageError
 from mmray.lease import Lease
 from mmray.parquet import find_files
 from mmray.plan import Plan, Work, find_work
-from mmray.planning import plan_labeling
+from mmray.planning import plan_labeling, refuse_inside
 from mmray.progress import Progress
 from mmray.scoring import Pool, Scorer, score_shards, streaming
 from mmray.shards import Committer, Records, count_rows, finish, finished_manifest
@@ -98,8 +100,7 @@ def label_dataset(
     earlier = Folder(retry_failed_uri) if retry_failed_uri else None
     scorer = Scorer(bundle, columns, pool.settle_precision(config), pool, earlier=earlier)
     folder, files = find_files(input_uri)
-    if f"{output}/".startswith(f"{Folder(input_uri)}/"):
-        raise OutputError(f"{output} lies in the input {folder}: the next run would label its own labels")
+    refuse_inside(output, Folder(input_uri))
     with nullcontext() if dry_run else Lease(output) as lease:
         plan = plan_labeling(
             *(folder, files, bundle, output, columns, scorer.config),
@@ -113,25 +114,37 @@ def label_dataset(
         if lease and not manifest:
             if num_resumed:
                 log.info("resuming: %d of %d shards are committed", num_resumed, plan.num_shards)
-            manifest = label_planned(folder, output, plan, work, scorer, lease, progress=progress)
+            score, budget = partial(score_shards, folder, scorer=scorer), config.max_failed_fraction
+            manifest = label_planned(output, plan, work, score, pool, lease, budget, progress=progress)
     counts = manifest["counts"] if manifest else {}
     seconds = time.monotonic() - started
     return LabelingResult(plan.num_rows, counts, len(plan.files), plan.num_shards, num_resumed, seconds)
 
 
 def label_planned(
-    folder: Folder,
     output: Folder,
     plan: Plan,
     work: Work,
-    scorer: Scorer,
+    score: Callable[[Work], ray.data.Dataset],
+    pool: Pool,
     lease: Lease,
+    max_failed_fraction: float = 1.0,
     *,
     progress: bool,
 ) -> dict[str, Any]:
     """Label what a plan still lacks, and finish the output.
 
     Shards that the first pass leaves, since storage failed or all their workers died, go through another.
+
+    Args:
+        output: of the job.
+        plan: of the output.
+        work: what it lacks.
+        score: gives the labeled parcels of some work.
+        pool: how many tasks commit at a time.
+        lease: on the output.
+        max_failed_fraction: of the planned rows; more than this end the job.
+        progress: show how the run goes, on stderr.
 
     Returns:
         The manifest.
@@ -142,17 +155,18 @@ def label_planned(
     """
     committer, records = Committer(output, plan.fingerprint), Records(output)
     records.forget(work.paths)
-    tally = Tally(plan, committer, records, scorer.config.max_failed_fraction)
+    tally = Tally(plan, committer, records, max_failed_fraction)
     with ending_gently(), _shown(work.num_rows, progress) as line:
         for last in (False, True):
             if not work:
                 break
             if last:
                 log.warning("%d shards are left; trying them again", work.num_pending)
-            with streaming(tolerant=not last):
-                scored = score_shards(folder, work, scorer)
-                with closing(commit_shards(scored, committer, scorer.pool)) as outcomes:
-                    tally.run(outcomes if work.pending else (), work, lease, line)
+            with (
+                streaming(tolerant=not last),
+                closing(commit_shards(score(work), committer, pool)) as outcomes,
+            ):
+                tally.run(outcomes if work.pending else (), work, lease, line)
             # Where every record is there, a listing would only say so again, page after page.
             work = Work([], set(), []) if work.paths <= records.found.keys() else find_work(output, plan)
     if work:

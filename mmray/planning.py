@@ -55,10 +55,8 @@ def plan_labeling(
     settings = labeling_settings(bundle, columns, config)
     if earlier:
         settings["retry_of"] = identify(earlier, settings)
-    plan = Plan.load(output)
+    plan = find_plan(output)
     if plan is None:
-        if strays := [path for path in output.list(".parquet") if visible(path)]:
-            raise OutputError(f"{output} holds {strays[0]}, which no plan knows; choose an empty --output")
         plan, added = Plan((), settings), files
     else:
         plan.refuse_other(settings, output)
@@ -93,6 +91,28 @@ def plan_labeling(
         return replace(plan, files=plan.files + new)
     output.remove([SUCCESS] if plan.parts else [])
     return plan.append(output, new, unreadable)
+
+
+def find_plan(output: Folder) -> Plan | None:
+    """Load an output's plan; None where none is, nor anything else.
+
+    Raises:
+        OutputError: there are files that no plan knows.
+    """
+    plan = Plan.load(output)
+    if plan is None and (strays := [path for path in output.list(".parquet") if visible(path)]):
+        raise OutputError(f"{output} holds {strays[0]}, which no plan knows; choose an empty --output")
+    return plan
+
+
+def refuse_inside(output: Folder, source: Folder) -> None:
+    """Refuse an output that lies in what it is made of.
+
+    Raises:
+        OutputError: it does.
+    """
+    if f"{output}/".startswith(f"{source}/"):
+        raise OutputError(f"{output} lies in the input {source}: the next run would label its own labels")
 
 
 def _require_usable(schema: pa.Schema, columns: Columns, where: str) -> dict[str, str]:

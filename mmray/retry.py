@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -17,7 +16,7 @@ from mmray.errors import OutputError
 from mmray.parquet import DataFile
 from mmray.plan import Plan, Shard
 from mmray.schema import Status
-from mmray.shards import MANIFEST, SUCCESS
+from mmray.shards import require_finished
 from mmray.storage import Folder
 
 
@@ -27,16 +26,14 @@ def identify(earlier: Folder, settings: dict[str, Any]) -> str:
     Raises:
         OutputError: it is not finished, or was labeled with other settings.
     """
-    plan, manifest = Plan.load(earlier), earlier.read_or_none(MANIFEST)
-    if plan is None or manifest is None or earlier.read_or_none(SUCCESS) is None:
-        raise OutputError(f"--retry-failed {earlier}: it is not finished; run label.py to its end first")
+    plan, manifest_sha256 = require_finished(earlier, "--retry-failed")
     same = {**plan.settings, "retry_of": None}
     if found := differences(same, settings):
         raise OutputError(
             f"--retry-failed {earlier}: it was labeled with other settings ({'; '.join(found)}); "
             "take them again"
         )
-    return hashlib.sha256(manifest).hexdigest()
+    return manifest_sha256
 
 
 def require_same_files(earlier: Folder, plan: Plan) -> None:

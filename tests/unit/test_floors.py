@@ -58,7 +58,7 @@ FLOORS = [
         "pseudo",
     ],
     # 3: one module for each further job
-    ["prepare", "evaluate", "demo", "self_train", "ablate", "report", "export", "bench"],
+    ["prepare", "evaluate", "deciding", "demo", "self_train", "ablate", "report", "export", "bench"],
 ]
 ORDER = [module for floor in FLOORS for module in floor]
 MODULES = sorted(path.stem for path in HOUSE.glob("*.py") if path.stem != "__init__")

@@ -1,0 +1,162 @@
+"""Deciding again: other thresholds, or another rule, for an output that was labeled before, from its scores.
+
+What comes of it is an output like any other: of the same plan, with a manifest of its own, resumed by the
+same command, proved by verify.py against the input that was labeled.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+
+from mmray.config import ComputeConfig
+from mmray.decisions import decide
+from mmray.errors import ConfigError
+from mmray.labeling import LabelingResult, label_planned
+from mmray.lease import Lease
+from mmray.parcels import Parcel
+from mmray.parquet import DataFile
+from mmray.plan import Plan, Work, find_work, shards_of
+from mmray.planning import find_plan, refuse_inside
+from mmray.retry import read_shard
+from mmray.schema import Vocabulary, score_matrix
+from mmray.scoring import Pool
+from mmray.shards import finished_manifest, require_finished
+from mmray.storage import Folder
+
+
+class Rule(NamedTuple):
+    """How scores become labels."""
+
+    vocabulary: Vocabulary
+    thresholds: np.ndarray
+    """float64 (L,)."""
+    fallback: bool
+    """Whether the top label speaks where no score reaches its threshold."""
+
+    def apply(self, labeled: pa.Table) -> pa.Table:
+        """Decide labeled rows, with scores of all labels, anew; those that failed stay without labels."""
+        scores, valid = score_matrix(labeled["scores"], len(self.vocabulary))
+        decided, _ = decide(scores, self.thresholds, fallback=self.fallback)
+        place = labeled.schema.get_field_index("predicted_labels")
+        labels = self.vocabulary.decode(decided, valid).cast(labeled.schema.field(place).type)
+        return labeled.set_column(place, labeled.schema.field(place), labels)
+
+
+def decide_again(
+    predictions_uri: str,
+    output_uri: str,
+    thresholds: float | Mapping[str, Any] | None = None,
+    *,
+    fallback: bool = True,
+    compute: ComputeConfig | None = None,
+    progress: bool = False,
+) -> LabelingResult:
+    """Apply other thresholds, or another rule, to a finished output of `label_dataset`; needs no model.
+
+    Args:
+        predictions_uri: the output, with the scores of all labels.
+        output_uri: folder for a new one.
+        thresholds: one for all labels; or by label, where others keep theirs; or as in a bundle's
+            `thresholds.json`.
+        fallback: whether the top label speaks where no score reaches its threshold.
+        compute: where the work runs.
+        progress: show how the run goes, on stderr.
+
+    Raises:
+        OutputError: the predictions are not finished, or the output belongs to another job.
+        ConfigError: the predictions lack scores, or a threshold is none.
+    """
+    started = time.monotonic()
+    predictions, output = Folder(predictions_uri), Folder(output_uri)
+    before, manifest_sha256 = require_finished(predictions, "--predictions")
+    if before.settings["scores"] != "all":
+        raise ConfigError(f"{predictions} was labeled with --scores {before.settings['scores']}: needs all")
+    vocabulary = Vocabulary(tuple(before.settings["labels"]))
+    known = np.array(before.settings["thresholds"], float)
+    rule = Rule(vocabulary, settle_thresholds(thresholds, vocabulary, known), fallback)
+    settings = before.settings | {
+        "thresholds": rule.thresholds.tolist(),
+        "fallback": fallback,
+        "decided_from": manifest_sha256,
+    }
+    pool = Pool.on_cluster(compute or ComputeConfig())
+    refuse_inside(output, predictions)
+    with Lease(output) as lease:
+        plan = find_plan(output) or Plan((), settings).append(output, before.files, before.skipped)
+        plan.refuse_other(settings, output)
+        work = find_work(output, plan)
+        num_resumed = plan.num_shards - work.num_pending
+        manifest = None if work else finished_manifest(output, plan)
+        if not manifest:
+            score = partial(decide_shards, predictions, rule=rule, pool=pool)
+            manifest = label_planned(output, plan, work, score, pool, lease, progress=progress)
+    return LabelingResult(
+        *(plan.num_rows, manifest["counts"], len(plan.files), plan.num_shards, num_resumed),
+        time.monotonic() - started,
+    )
+
+
+def decide_shards(predictions: Folder, work: Work, rule: Rule, pool: Pool) -> ray.data.Dataset:
+    """Decide the shards of some work: parcels of labeled tables."""
+
+    committed = work.committed
+
+    def decided(batch: pa.Table) -> Iterator[pa.Table]:
+        for row in batch.to_pylist():
+            file = DataFile.from_json(row["file"])
+            for shard in shards_of(file, json.loads(row["units"])):
+                if shard not in committed:
+                    yield _decide(predictions, Parcel(file, shard), rule).packed()
+
+    files = ray.data.from_items(
+        [{"file": file.to_json(), "units": json.dumps(units)} for file, units in work.pending]
+    )
+    return files.map_batches(decided, batch_size=1, batch_format="pyarrow", **pool.tasks())
+
+
+def _decide(predictions: Folder, parcel: Parcel, rule: Rule) -> Parcel:
+    try:
+        labeled = read_shard(predictions, parcel.file, parcel.shard)
+        return parcel._replace(rows=rule.apply(labeled.replace_schema_metadata(None)))
+    except Exception as error:  # as data: raised, it would end the run of all the others
+        return parcel._replace(error=error)
+
+
+def settle_thresholds(
+    given: float | Mapping[str, Any] | None, vocabulary: Vocabulary, known: np.ndarray
+) -> np.ndarray:
+    """Give a threshold for each label: float64 (L,).
+
+    Args:
+        given: as `decide_again` takes it.
+        vocabulary: the L labels.
+        known: float64 (L,), what holds for labels of which nothing is said.
+
+    Raises:
+        ConfigError: a label that the vocabulary lacks, or a threshold that is no number between 0 and 1.
+    """
+    names = [str(label) for label in vocabulary.labels]
+    if given is None:
+        by_label: dict[str, Any] = {}
+    elif not isinstance(given, Mapping):
+        by_label = dict.fromkeys(names, given)
+    elif isinstance(listed := given.get("thresholds"), list):  # as in a bundle
+        if len(listed) != len(names):
+            raise ConfigError(f"{len(listed)} thresholds for {len(names)} labels")
+        by_label = dict(zip(names, listed, strict=True))
+    else:
+        by_label = dict(given)
+    if unknown := sorted(by_label.keys() - set(names)):
+        raise ConfigError(f"thresholds of labels {unknown[:5]}: there are {', '.join(names[:20])}")
+    for name, value in by_label.items():
+        if not (isinstance(value, int | float) and 0 <= value <= 1):
+            raise ConfigError(f"threshold {value!r} of label {name} is no number between 0 and 1")
+    return np.array([by_label.get(name, old) for name, old in zip(names, known.tolist(), strict=True)])
