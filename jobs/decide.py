@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from typing import IO, Any
-
 import click
 
 from mmray.cli import cluster, job
@@ -15,8 +12,7 @@ from mmray.cli import cluster, job
 @click.option("--output", "output_uri", required=True, help="Folder for the new output.")
 @click.option(
     "--thresholds",
-    "thresholds_file",
-    type=click.File(encoding="utf-8"),
+    "thresholds_uri",
     help="JSON: label to threshold, or a bundle's thresholds.json. Labels that it lacks keep theirs.",
 )
 @click.option("--threshold", type=float, help="One threshold for all labels.")
@@ -26,7 +22,7 @@ from mmray.cli import cluster, job
 def main(
     predictions_uri: str,
     output_uri: str,
-    thresholds_file: IO[str] | None,
+    thresholds_uri: str | None,
     threshold: float | None,
     fallback: bool,
 ) -> None:
@@ -34,21 +30,14 @@ def main(
 
     Example: decide.py --predictions labeled/ --output decided/ --threshold 0.6
     """
-    if thresholds_file and threshold is not None:
+    if thresholds_uri and threshold is not None:
         raise click.UsageError("--thresholds and --threshold exclude one another")
-    thresholds: Any = threshold
-    if thresholds_file:
-        try:
-            thresholds = json.load(thresholds_file)
-        except ValueError as error:
-            raise click.BadParameter(f"--thresholds {thresholds_file.name} is not JSON: {error}") from None
-        if not isinstance(thresholds, dict):
-            raise click.BadParameter(f"--thresholds {thresholds_file.name} holds no label: threshold pairs")
-    elif threshold is None and fallback:
+    if not thresholds_uri and threshold is None and fallback:
         raise click.UsageError("nothing to decide: give --thresholds, --threshold or --no-fallback")
     with cluster():
-        from mmray.deciding import decide_again
+        from mmray.deciding import decide_again, read_thresholds
 
+        thresholds = read_thresholds(thresholds_uri) if thresholds_uri else threshold
         result = decide_again(predictions_uri, output_uri, thresholds, fallback=fallback, progress=True)
     click.echo(f"{result.summary()}; {output_uri}")
 

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,17 +20,21 @@ import ray.data
 from mmray.config import ComputeConfig
 from mmray.decisions import decide
 from mmray.errors import ConfigError
+from mmray.faults import moment
 from mmray.labeling import LabelingResult, label_planned
 from mmray.lease import Lease
 from mmray.parcels import Parcel
 from mmray.parquet import DataFile
-from mmray.plan import Plan, Work, find_work, shards_of
+from mmray.plan import Plan, Shard, Work, find_work, shards_of
 from mmray.planning import find_plan, refuse_inside
-from mmray.retry import read_shard
+from mmray.retry import Earlier, read_shards
 from mmray.schema import Vocabulary, score_matrix
 from mmray.scoring import Pool
-from mmray.shards import finished_manifest, require_finished
+from mmray.shards import finished_manifest
 from mmray.storage import Folder
+
+UNITS_PER_TASK = 32
+"""Of a large file, so that all CPUs share it: each task reads its footer."""
 
 
 class Rule(NamedTuple):
@@ -47,7 +52,8 @@ class Rule(NamedTuple):
         decided, _ = decide(scores, self.thresholds, fallback=self.fallback)
         place = labeled.schema.get_field_index("predicted_labels")
         labels = self.vocabulary.decode(decided, valid).cast(labeled.schema.field(place).type)
-        return labeled.set_column(place, labeled.schema.field(place), labels)
+        # The footer's record is the earlier output's own.
+        return labeled.set_column(place, labeled.schema.field(place), labels).replace_schema_metadata(None)
 
 
 def decide_again(
@@ -64,8 +70,7 @@ def decide_again(
     Args:
         predictions_uri: the output, with the scores of all labels.
         output_uri: folder for a new one.
-        thresholds: one for all labels; or by label, where others keep theirs; or as in a bundle's
-            `thresholds.json`.
+        thresholds: one for all labels; or by label, where others keep theirs.
         fallback: whether the top label speaks where no score reaches its threshold.
         compute: where the work runs.
         progress: show how the run goes, on stderr.
@@ -75,20 +80,20 @@ def decide_again(
         ConfigError: the predictions lack scores, or a threshold is none.
     """
     started = time.monotonic()
-    predictions, output = Folder(predictions_uri), Folder(output_uri)
-    before, manifest_sha256 = require_finished(predictions, "--predictions")
+    output = Folder(output_uri)
+    earlier, before = Earlier.find(predictions_uri, "--predictions")
     if before.settings["scores"] != "all":
-        raise ConfigError(f"{predictions} was labeled with --scores {before.settings['scores']}: needs all")
+        raise ConfigError(f"{earlier} was labeled with --scores {before.settings['scores']}: needs all")
     vocabulary = Vocabulary(tuple(before.settings["labels"]))
     known = np.array(before.settings["thresholds"], float)
     rule = Rule(vocabulary, settle_thresholds(thresholds, vocabulary, known), fallback)
     settings = before.settings | {
         "thresholds": rule.thresholds.tolist(),
         "fallback": fallback,
-        "decided_from": manifest_sha256,
+        "decided_from": earlier.manifest_sha256,
     }
     pool = Pool.on_cluster(compute or ComputeConfig())
-    refuse_inside(output, predictions)
+    refuse_inside(output, earlier.folder)
     with Lease(output) as lease:
         plan = find_plan(output) or Plan((), settings).append(output, before.files, before.skipped)
         plan.refuse_other(settings, output)
@@ -96,7 +101,7 @@ def decide_again(
         num_resumed = plan.num_shards - work.num_pending
         manifest = None if work else finished_manifest(output, plan)
         if not manifest:
-            score = partial(decide_shards, predictions, rule=rule, pool=pool)
+            score = partial(decide_shards, earlier, rule=rule, pool=pool)
             manifest = label_planned(output, plan, work, score, pool, lease, progress=progress)
     return LabelingResult(
         *(plan.num_rows, manifest["counts"], len(plan.files), plan.num_shards, num_resumed),
@@ -104,30 +109,52 @@ def decide_again(
     )
 
 
-def decide_shards(predictions: Folder, work: Work, rule: Rule, pool: Pool) -> ray.data.Dataset:
-    """Decide the shards of some work: parcels of labeled tables."""
+def decide_shards(earlier: Earlier, work: Work, rule: Rule, pool: Pool) -> ray.data.Dataset:
+    """Decide the shards of some work: parcels of labeled tables.
 
+    A task takes some shards of one file, which it opens once.
+    """
     committed = work.committed
 
     def decided(batch: pa.Table) -> Iterator[pa.Table]:
         for row in batch.to_pylist():
             file = DataFile.from_json(row["file"])
-            for shard in shards_of(file, json.loads(row["units"])):
-                if shard not in committed:
-                    yield _decide(predictions, Parcel(file, shard), rule).packed()
+            shards = [shard for shard in shards_of(file, json.loads(row["units"])) if shard not in committed]
+            try:
+                for shard, labeled in zip(shards, read_shards(earlier, file, shards), strict=True):
+                    moment("before score", "{} {}-{}".format(*shard))
+                    yield Parcel(file, shard, rule.apply(labeled)).packed()
+            except Exception as error:  # as data: raised, it would end the run of all the others
+                yield Parcel(file, Shard(file.path, 0, 0), error=error).packed()
 
-    files = ray.data.from_items(
-        [{"file": file.to_json(), "units": json.dumps(units)} for file, units in work.pending]
+    tasks = [
+        {"file": file.to_json(), "units": json.dumps(units[first : first + UNITS_PER_TASK])}
+        for file, units in work.pending
+        for first in range(0, len(units), UNITS_PER_TASK)
+    ]
+    return ray.data.from_items(tasks).map_batches(
+        decided, batch_size=1, batch_format="pyarrow", **pool.tasks()
     )
-    return files.map_batches(decided, batch_size=1, batch_format="pyarrow", **pool.tasks())
 
 
-def _decide(predictions: Folder, parcel: Parcel, rule: Rule) -> Parcel:
-    try:
-        labeled = read_shard(predictions, parcel.file, parcel.shard)
-        return parcel._replace(rows=rule.apply(labeled.replace_schema_metadata(None)))
-    except Exception as error:  # as data: raised, it would end the run of all the others
-        return parcel._replace(error=error)
+def read_thresholds(uri: str) -> dict[str, Any]:
+    """Read thresholds by label: from JSON that says so, or from the `thresholds.json` of a bundle.
+
+    Raises:
+        ConfigError: there is no such file, or neither is in it.
+        DataError: it is not JSON.
+    """
+    place, _, name = uri.rpartition("/")
+    folder = Folder(place or ".")
+    record = folder.read_json(name)
+    if isinstance(record, dict) and isinstance(listed := record.get("thresholds"), list):
+        labels = (folder.read_json("labels.json") or {}).get("labels", [])
+        if len(labels) != len(listed):
+            raise ConfigError(f"{uri}: no labels.json of the same bundle stands beside it")
+        return dict(zip(map(str, labels), listed, strict=True))
+    if not isinstance(record, dict) or not record:
+        raise ConfigError(f"--thresholds {uri} is no file that holds label: threshold pairs")
+    return record
 
 
 def settle_thresholds(
@@ -148,15 +175,11 @@ def settle_thresholds(
         by_label: dict[str, Any] = {}
     elif not isinstance(given, Mapping):
         by_label = dict.fromkeys(names, given)
-    elif isinstance(listed := given.get("thresholds"), list):  # as in a bundle
-        if len(listed) != len(names):
-            raise ConfigError(f"{len(listed)} thresholds for {len(names)} labels")
-        by_label = dict(zip(names, listed, strict=True))
     else:
-        by_label = dict(given)
+        by_label = {str(label): threshold for label, threshold in given.items()}
     if unknown := sorted(by_label.keys() - set(names)):
         raise ConfigError(f"thresholds of labels {unknown[:5]}: there are {', '.join(names[:20])}")
     for name, value in by_label.items():
-        if not (isinstance(value, int | float) and 0 <= value <= 1):
+        if isinstance(value, bool) or not (isinstance(value, Real) and 0 <= float(value) <= 1):
             raise ConfigError(f"threshold {value!r} of label {name} is no number between 0 and 1")
-    return np.array([by_label.get(name, old) for name, old in zip(names, known.tolist(), strict=True)])
+    return np.array([by_label.get(name, old) for name, old in zip(names, known, strict=True)], float)

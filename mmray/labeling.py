@@ -27,6 +27,7 @@ from mmray.parquet import find_files
 from mmray.plan import Plan, Work, find_work
 from mmray.planning import plan_labeling, refuse_inside
 from mmray.progress import Progress
+from mmray.retry import Earlier
 from mmray.scoring import Pool, Scorer, score_shards, streaming
 from mmray.shards import Committer, Records, count_rows, finish, finished_manifest
 from mmray.storage import Folder
@@ -35,6 +36,9 @@ log = logging.getLogger(__name__)
 
 GRACE_S = 10.0
 """Time for commits that are under way when the job is told to end."""
+
+ONE_NOTICE_S = 2.0
+"""Schedulers may tell a job and all that stands around it, which tells the job again: one notice, not two."""
 
 TASKS_PER_CPU = 8
 """In which files are read back: a task for each of many small files would take longer than the files."""
@@ -97,13 +101,14 @@ def label_dataset(
     started = time.monotonic()
     bundle, output = Bundle.load(model_uri), Folder(output_uri)
     pool = Pool.on_cluster(compute)
-    earlier = Folder(retry_failed_uri) if retry_failed_uri else None
-    scorer = Scorer(bundle, columns, pool.settle_precision(config), pool, earlier=earlier)
+    earlier = Earlier.find(retry_failed_uri, "--retry-failed") if retry_failed_uri else None
+    config = pool.settle_precision(config)
+    scorer = Scorer(bundle, columns, config, pool, earlier=earlier and earlier[0])
     folder, files = find_files(input_uri)
     refuse_inside(output, Folder(input_uri))
     with nullcontext() if dry_run else Lease(output) as lease:
         plan = plan_labeling(
-            *(folder, files, bundle, output, columns, scorer.config),
+            *(folder, files, bundle, output, columns, config),
             earlier=earlier,
             extend=extend,
             dry_run=dry_run,
@@ -210,20 +215,24 @@ def ending_gently() -> Iterator[None]:
     timer = threading.Timer(GRACE_S, signal.pthread_kill, (threading.get_ident(), signal.SIGTERM))
     timer.daemon = True
 
-    def end(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, end_now)
-        log.warning("told to end: finishing what is being committed")
-        timer.start()
+    told: list[float] = []
 
-    def end_now(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
+    def end(number: int, frame: object) -> None:
+        if not told:
+            told.append(time.monotonic())
+            log.warning("told to end: finishing what is being committed")
+            timer.start()
+        elif time.monotonic() - told[0] > ONE_NOTICE_S:
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
         timer.cancel()
-        signal.signal(signal.SIGTERM, before)
+        if told:
+            timer.join()  # or its signal might come when nobody here expects it any more
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def versions() -> dict[str, str]:

@@ -15,7 +15,7 @@ from mmray.errors import DataError, OutputError
 from mmray.images import DECODER
 from mmray.parquet import MAX_SHARD_BYTES, MAX_SHARD_ROWS, describe_files
 from mmray.plan import Plan, cut_to
-from mmray.retry import identify, require_same_files
+from mmray.retry import Earlier, require_same_files, require_same_settings
 from mmray.schema import passthrough_names
 from mmray.shards import SUCCESS
 from mmray.storage import Folder, visible
@@ -31,7 +31,7 @@ def plan_labeling(
     columns: Columns,
     config: LabelConfig,
     *,
-    earlier: Folder | None = None,
+    earlier: tuple[Earlier, Plan] | None = None,
     extend: bool = False,
     dry_run: bool = False,
 ) -> Plan:
@@ -44,7 +44,7 @@ def plan_labeling(
         output: of the job.
         columns: names of the input's columns.
         config: what is written.
-        earlier: a finished output whose failed rows are to be labeled again.
+        earlier: a finished output whose failed rows are to be labeled again, and its plan.
         extend: also plan files that came later.
         dry_run: publish nothing.
 
@@ -54,7 +54,8 @@ def plan_labeling(
     """
     settings = labeling_settings(bundle, columns, config)
     if earlier:
-        settings["retry_of"] = identify(earlier, settings)
+        require_same_settings(*earlier, settings)
+        settings["retry_of"] = earlier[0].manifest_sha256
     plan = find_plan(output)
     if plan is None:
         plan, added = Plan((), settings), files
@@ -84,7 +85,7 @@ def plan_labeling(
     left = None if config.limit is None else config.limit - plan.num_rows
     new = cut_to((file for file, _ in described), left)
     if earlier:
-        require_same_files(earlier, replace(plan, files=plan.files + new))
+        require_same_files(*earlier, replace(plan, files=plan.files + new))
     if not (new or plan.parts):
         raise DataError(f"{folder}: none of its {len(files)} .parquet files can be read")
     if dry_run or not (new or unreadable):  # the latter: the limit was reached before these files

@@ -30,7 +30,8 @@ def draw_operations(generator: np.random.Generator, magnitude: float) -> tuple[O
         `NUM_OPERATIONS` of `OPERATIONS`, with repetition.
 
     Source: Cubuk et al. 2019 (arXiv 1909.13719), with their N of 2, their operations, and the ranges of
-    AutoAugment that they name.
+    AutoAugment that they name. Ours: enhancements go either way too, posterizing and solarizing grow with the
+    magnitude, and what comes into view at the edges has the picture's mean colour.
     """
     names = generator.choice(list(OPERATIONS), NUM_OPERATIONS)
     signs = generator.choice([-1.0, 1.0], NUM_OPERATIONS)
@@ -47,10 +48,13 @@ def apply_operations(image: Image.Image, operations: tuple[Operation, ...]) -> I
 
 
 def _affine(image: Image.Image, *matrix: float) -> Image.Image:
-    middle = tuple(int(mean) for mean in np.asarray(image).mean((0, 1)))
     return image.transform(
-        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=middle
+        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=_mean(image)
     )
+
+
+def _mean(image: Image.Image) -> Any:
+    return image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
 
 
 def _sheared(x: float, y: float) -> Callable[[Image.Image, float], Image.Image]:
@@ -78,7 +82,9 @@ OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "shear-y": _sheared(0, 0.3),
     "translate-x": _translated(150 / 331, 0),
     "translate-y": _translated(0, 150 / 331),
-    "rotate": lambda image, strength: image.rotate(30 * strength, Image.Resampling.BILINEAR),
+    "rotate": lambda image, strength: image.rotate(
+        30 * strength, Image.Resampling.BILINEAR, fillcolor=_mean(image)
+    ),
     "brightness": _enhanced(ImageEnhance.Brightness),
     "colour": _enhanced(ImageEnhance.Color),
     "contrast": _enhanced(ImageEnhance.Contrast),

@@ -1,10 +1,11 @@
-"""The failed rows of a finished output, labeled again: into a new output that takes all other rows over."""
+"""An earlier output that another is made of: its failed rows labeled again, or all of them decided again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,48 +17,88 @@ from mmray.errors import OutputError
 from mmray.parquet import DataFile
 from mmray.plan import Plan, Shard
 from mmray.schema import Status
-from mmray.shards import require_finished
+from mmray.shards import MANIFEST, finished_manifest, read_record
 from mmray.storage import Folder
 
 
-def identify(earlier: Folder, settings: dict[str, Any]) -> str:
-    """Check that an output can be retried with some settings, and give the sha256 of its manifest.
+class Earlier(NamedTuple):
+    """A finished output that another is made of."""
+
+    folder: Folder
+    option: str
+    """That it was given by."""
+    fingerprint: str
+    """Of its plan; its files bear it."""
+    manifest_sha256: str
+
+    @classmethod
+    def find(cls, uri: str, option: str) -> tuple[Earlier, Plan]:
+        """Look an output up; gives it and its plan.
+
+        Raises:
+            OutputError: it is not finished.
+        """
+        folder = Folder(uri)
+        plan, manifest = Plan.load(folder), folder.read_or_none(MANIFEST)
+        if plan is None or manifest is None or finished_manifest(folder, plan) is None:
+            raise OutputError(f"{option} {folder}: it is not finished; run the job that makes it to its end")
+        return cls(folder, option, plan.fingerprint, hashlib.sha256(manifest).hexdigest()), plan
+
+    def __str__(self) -> str:
+        return f"{self.option} {self.folder}"
+
+
+def require_same_settings(earlier: Earlier, before: Plan, settings: dict[str, Any]) -> None:
+    """Check that an output was labeled with these settings.
 
     Raises:
-        OutputError: it is not finished, or was labeled with other settings.
+        OutputError: says what differs.
     """
-    plan, manifest_sha256 = require_finished(earlier, "--retry-failed")
-    same = {**plan.settings, "retry_of": None}
-    if found := differences(same, settings):
+    if found := differences({**before.settings, "retry_of": None}, settings):
         raise OutputError(
-            f"--retry-failed {earlier}: it was labeled with other settings ({'; '.join(found)}); "
-            "take them again"
+            f"{earlier}: it was labeled with other settings ({'; '.join(found)}); take them again"
         )
-    return manifest_sha256
 
 
-def require_same_files(earlier: Folder, plan: Plan) -> None:
-    """Check that a plan is for the files that an earlier output was made of.
+def require_same_files(earlier: Earlier, before: Plan, plan: Plan) -> None:
+    """Check that a plan is for the files that an output was made of.
 
     Raises:
         OutputError: it is not; names a file.
     """
-    before = Plan.load(earlier)
-    known = {file.path: file for file in before.files} if before else {}
+    known = {file.path: file for file in before.files}
     for file in plan.files:
         if known.pop(file.path, None) != file:
-            raise OutputError(f"--retry-failed {earlier}: it was not made of {file.path} as it is now")
+            raise OutputError(f"{earlier}: it was not made of {file.path} as it is now")
     for path in known:
-        raise OutputError(f"--retry-failed {earlier}: {path}, which it was made of, is not in the input")
+        raise OutputError(f"{earlier}: {path}, which it was made of, is not in the input")
 
 
-def read_shard(earlier: Folder, file: DataFile, shard: Shard) -> pa.Table:
-    """Read what a shard was given: a row group of the output file, as it was committed."""
-    with earlier.open(file.path) as source:
-        parquet = pq.ParquetFile(source)
-        if not file.num_rows:
-            return parquet.read()
-        return parquet.read_row_group(file.shards.index((shard.first, shard.end)))
+def read_shards(earlier: Earlier, file: DataFile, shards: Sequence[Shard]) -> Iterator[pa.Table]:
+    """Read what shards of a file were given: row groups of the output file, as they were committed.
+
+    Args:
+        earlier: the output.
+        file: of the input.
+        shards: of the file.
+
+    Raises:
+        OutputError: the file is gone, damaged, or not what its plan says.
+    """
+    where = f"{earlier}/{file.path}"
+    wanted = {"fingerprint": earlier.fingerprint, "input": file.footer_sha256, "num_rows": file.num_rows}
+    try:
+        with earlier.folder.open(file.path) as source:
+            parquet = pq.ParquetFile(source, pre_buffer=True)
+            if not read_record(parquet.metadata).items() >= wanted.items():
+                raise OutputError(f"{where} is not what its plan says; verify.py tells more")
+            for shard in shards:
+                whole = not file.num_rows
+                row_group = file.shards.index((shard.first, shard.end))
+                yield parquet.read() if whole else parquet.read_row_group(row_group)
+    except (FileNotFoundError, pa.ArrowException) as error:
+        brief = " ".join(str(error).split())[:200]
+        raise OutputError(f"{where} is gone or damaged ({brief}); verify.py tells more") from None
 
 
 def has_failed(labeled: pa.Table) -> bool:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -25,6 +26,7 @@ from mmray.parcels import Parcel, unpack
 from mmray.parquet import MAX_SHARD_BYTES, DataFile, Unit, read_units
 from mmray.plan import Shard, Work, shards_of
 from mmray.resources import Resources
+from mmray.retry import Earlier
 from mmray.schema import KeptScores
 from mmray.storage import Folder
 
@@ -48,7 +50,7 @@ class Scorer(NamedTuple):
     columns: Columns
     config: LabelConfig
     pool: Pool
-    earlier: Folder | None = None
+    earlier: Earlier | None = None
     """A finished output of which only the failed rows are labeled again."""
     hidden: str | None = None
     """`image` or `caption`: what the model is not shown of any row."""
@@ -124,7 +126,7 @@ class Pool(NamedTuple):
 class ShardSource(Datasource):
     """Reads the units of a plan that hold uncommitted shards; gives each of these shards as one row."""
 
-    def __init__(self, folder: Folder, work: Work, columns: Columns, earlier: Folder | None = None) -> None:
+    def __init__(self, folder: Folder, work: Work, columns: Columns, earlier: Earlier | None = None) -> None:
         """Take the input's folder, what is to be done, and the output whose failed rows are retried."""
         super().__init__()
         self.folder, self.work, self.columns, self.earlier = folder, work, columns, earlier
@@ -157,10 +159,11 @@ class ShardSource(Datasource):
             file = None
             try:
                 for file, unit in units:
+                    shards = [shard for shard in shards_of(file, [unit]) if shard not in committed]
+                    labeled = retry.read_shards(earlier, file, shards) if earlier else repeat(None)
                     parcels = {
-                        shard: Parcel(file, shard, None, earlier and retry.read_shard(earlier, file, shard))
-                        for shard in shards_of(file, [unit])
-                        if shard not in committed
+                        shard: Parcel(file, shard, None, table)
+                        for shard, table in zip(shards, labeled, strict=False)
                     }
                     wanted = [shard for shard, parcel in parcels.items() if not parcel.is_done]
                     yield from (parcel.packed() for parcel in parcels.values() if parcel.is_done)

@@ -251,18 +251,6 @@ def finished_manifest(output: Folder, plan: Plan) -> dict[str, Any] | None:
     return manifest
 
 
-def require_finished(output: Folder, option: str) -> tuple[Plan, str]:
-    """Give the plan of a finished output, and the sha256 of its manifest.
-
-    Raises:
-        OutputError: it is not finished; names the option that it was given by.
-    """
-    plan, manifest = Plan.load(output), output.read_or_none(MANIFEST)
-    if plan is None or manifest is None or output.read_or_none(SUCCESS) is None:
-        raise OutputError(f"{option} {output}: it is not finished; run label.py to its end first")
-    return plan, hashlib.sha256(manifest).hexdigest()
-
-
 def finish(
     output: Folder, plan: Plan, records: Iterable[FileRecord], versions: dict[str, str]
 ) -> dict[str, Any]:

@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parents[2] / "cluster" / "again.sh"
 def start(tmp_path):
     """Start a job under the script: Python that finds the times it has been run before in `times`."""
 
-    def start(program):
+    def start(program, delay_s=0, **settings):
         counted = (
             "import pathlib, signal, sys, time; log = pathlib.Path('log'); log.touch();"
             "times = len(log.read_text()); log.write_text('x' * (times + 1));"
@@ -24,9 +24,10 @@ def start(tmp_path):
         return subprocess.Popen(
             ["bash", SCRIPT, sys.executable, "-c", counted + program],
             cwd=tmp_path,
-            env=os.environ | {"AGAIN_DELAY_S": "0"},
+            env=os.environ | {"AGAIN_DELAY_S": str(delay_s)},
             stderr=subprocess.PIPE,
             text=True,
+            **settings,
         )
 
     return start
@@ -67,4 +68,26 @@ def test_a_job_that_is_told_to_stop_is_not_started_again(start, tmp_path):
     job.send_signal(signal.SIGTERM)
     assert job.wait(30) == 3
     assert time.monotonic() - began >= 1
+    assert num_runs(tmp_path) == 1
+
+
+def test_a_stop_in_the_pause_between_two_runs_is_the_end(start, tmp_path):
+    job = start("sys.exit(3)", delay_s=60)
+    while "again in" not in (told := job.stderr.readline()):
+        assert told, "it ended"
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(10) == 3
+    assert num_runs(tmp_path) == 1
+
+
+def test_a_stop_that_reaches_the_job_twice_is_the_end(start, tmp_path):
+    """As from a scheduler that tells every process of a job."""
+    job = start(
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(3));pathlib.Path('ready').touch(); time.sleep(60)",
+        start_new_session=True,
+    )
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGTERM)
+    assert job.wait(30) == 3
     assert num_runs(tmp_path) == 1

@@ -106,17 +106,18 @@ def test_the_job_knows_the_options_that_are_set_for_it(job):
 
 
 @pytest.mark.parametrize("name", MANIFESTS[1:])
-def test_a_job_frees_its_cluster_and_starts_again(name):
+def test_a_job_frees_its_cluster_and_is_not_repeated_whatever_its_status(name):
     spec = read(name)["spec"]
     assert spec["shutdownAfterJobFinishes"] and spec["ttlSecondsAfterFinished"] > 0
-    assert spec["backoffLimit"] > 0
+    assert spec["backoffLimit"] == 0
+    assert "again.sh" in spec["entrypoint"]
     image_path = "/opt/mmray/"  # where the Dockerfile puts the repository
     for word in spec["entrypoint"].split():
         if word.startswith(image_path):
             assert (REPOSITORY / word.removeprefix(image_path)).is_file()
 
 
-def test_no_work_runs_on_the_head_and_no_pod_as_root():
+def test_no_actor_runs_on_the_head_and_no_pod_as_root():
     spec = read("raycluster.yaml")["spec"]
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     for group in groups(spec):
@@ -131,7 +132,7 @@ def test_no_work_runs_on_the_head_and_no_pod_as_root():
 def test_gpu_workers_come_and_go_on_spot_machines():
     spec = read("raycluster.yaml")["spec"]
     (gpu,) = (group for group in spec["workerGroupSpecs"] if group["groupName"] == "gpu")
-    assert gpu["minReplicas"] == 0 < gpu["maxReplicas"]
+    assert 1 == gpu["minReplicas"] < gpu["maxReplicas"]
     assert gpu["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert any("spot" in toleration["key"] for toleration in gpu["template"]["spec"]["tolerations"])
 

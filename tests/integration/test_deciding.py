@@ -11,12 +11,13 @@ import pytest
 from click.testing import CliRunner
 
 from mmray.config import LabelConfig
-from mmray.deciding import decide_again, settle_thresholds
-from mmray.errors import ConfigError, OutputError
+from mmray.deciding import decide_again, read_thresholds, settle_thresholds
+from mmray.errors import ConfigError, DataError, OutputError
 from mmray.evaluate import evaluate_predictions
 from mmray.labeling import label_dataset
-from mmray.plan import Plan
+from mmray.plan import Plan, shards_of
 from mmray.schema import Vocabulary
+from mmray.shards import Committer
 from mmray.storage import Folder
 from mmray.verify import verify_dataset
 
@@ -146,12 +147,13 @@ def test_what_cannot_be_decided_again_is_refused(archive, labeled, bundle_uri, t
         (None, [0.1, 0.2, 0.3]),
         (0.5, [0.5, 0.5, 0.5]),
         ({"13": 0.9}, [0.1, 0.2, 0.9]),
-        ({"thresholds": [0.5, 0.6, 0.7], "scales": [1, 1, 1]}, [0.5, 0.6, 0.7]),
+        ({13: np.float32(0.5)}, [0.1, 0.2, 0.5]),
         ({"1": 0, "2": 1}, [0, 1, 0.3]),
     ],
 )
-def test_thresholds_are_one_or_by_label_or_a_bundles(given, settled):
-    assert settle_thresholds(given, VOCABULARY, KNOWN).tolist() == settled
+def test_thresholds_are_one_or_by_label(given, settled):
+    found = settle_thresholds(given, VOCABULARY, KNOWN)
+    assert found.tolist() == settled and found.dtype == np.float64
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,7 @@ def test_thresholds_are_one_or_by_label_or_a_bundles(given, settled):
         ({"1": "high"}, r"threshold 'high' of label 1"),
         (-0.1, r"threshold -0\.1"),
         (float("nan"), "threshold nan"),
-        ({"thresholds": [0.5]}, "1 thresholds for 3 labels"),
+        ({"2": True}, "threshold True of label 2"),
     ],
 )
 def test_what_is_no_threshold_is_refused(given, told):
@@ -190,14 +192,61 @@ def test_the_job_takes_a_bundles_thresholds(labeled, bundle_uri, tmp_path):
     [
         ((), "nothing to decide"),
         (("--threshold", "0.5", "--thresholds", "t.json"), "exclude one another"),
-        (("--thresholds", "broken.json"), "is not JSON"),
-        (("--thresholds", "list.json"), "no label: threshold pairs"),
     ],
 )
-def test_the_job_says_what_it_cannot_use(options, told, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, text in {"t.json": "{}", "broken.json": "{", "list.json": "[0.5]"}.items():
-        (tmp_path / name).write_text(text)
+def test_the_job_says_what_it_cannot_use(options, told):
     ran = run("--predictions", "in", "--output", "out", *options)
     assert ran.exit_code == 2
     assert told in ran.output
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("a.json", "{", "is not JSON"),
+        ("a.json", "[0.5]", "no file that holds label: threshold pairs"),
+        ("a.json", "{}", "no file that holds label: threshold pairs"),
+        ("missing.json", None, "no file that holds label: threshold pairs"),
+        ("thresholds.json", '{"thresholds": [0.5]}', "no labels.json of the same bundle"),
+    ],
+)
+def test_a_file_without_thresholds_is_refused(name, text, told, tmp_path):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises((ConfigError, DataError), match=told):
+        read_thresholds(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("harm", ["gone", "damaged", "of another job"])
+def test_predictions_that_are_not_as_they_were_are_refused(labeled, decided, tmp_path, harm):
+    """By an error of the user's: to run the same command again would not help."""
+    before, output = tmp_path / "before", tmp_path / "out"
+    shutil.copytree(labeled, before)
+    if harm == "gone":
+        (before / "big.parquet").unlink()
+    elif harm == "damaged":
+        (before / "big.parquet").write_bytes((before / "big.parquet").read_bytes()[:-9])
+    else:  # the same bundle and rows, and yet another fingerprint
+        shutil.copy(decided / "big.parquet", before)
+    with pytest.raises(OutputError, match=r"big\.parquet is .*verify\.py tells more"):
+        decide_again(str(before), str(output), 0.3)
+    assert not (output / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize("missing", [{(0, 1000)}, set()], ids=["some pieces", "all pieces"])
+def test_shards_that_are_committed_are_not_decided_again(labeled, decided, tmp_path, missing):
+    output = tmp_path / "out"
+    shutil.copytree(decided, output)
+    plan = Plan.load(Folder(str(output)))
+    (big,) = (file for file in plan.files if file.path == "big.parquet")
+    whole = pq.ParquetFile(output / "big.parquet")
+    committer = Committer(Folder(str(output)), plan.fingerprint)
+    for path in ("_SUCCESS", "_mmray/manifest.json", "big.parquet"):
+        (output / path).unlink()
+    for number, shard in enumerate(shards_of(big, big.units)):
+        if (shard.first, shard.end) not in missing:
+            committer.commit(shard, whole.read_row_group(number).replace_schema_metadata(None), big)
+    result = decide_again(str(labeled), str(output), 0.3)
+    assert result.num_resumed == result.num_shards - len(missing)
+    check(labeled, output, [0.3] * 6)
+    assert (output / "big.parquet").read_bytes() == (decided / "big.parquet").read_bytes()
