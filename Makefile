@@ -17,8 +17,9 @@ demo: setup
 	$(BIN)/python jobs/demo.py --output build/demo
 
 # In two processes, since tests wait for Ray's processes to start; a file's tests share what is costly to make.
+# In order: the many small tests come last, and fill what the long ones leave.
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # The tests of object storage against OpenStack Swift, where Debian's packages of it are installed.
 test-swift: setup

@@ -233,8 +233,8 @@ def test_predictions_that_are_not_as_they_were_are_refused(labeled, decided, tmp
     assert not (output / "_SUCCESS").exists()
 
 
-@pytest.mark.parametrize("missing", [{(0, 1000)}, set()], ids=["some pieces", "all pieces"])
-def test_shards_that_are_committed_are_not_decided_again(labeled, decided, tmp_path, missing):
+@pytest.mark.parametrize("num_missing", [1, 0], ids=["some pieces", "all pieces"])
+def test_shards_that_are_committed_are_not_decided_again(labeled, decided, tmp_path, num_missing):
     output = tmp_path / "out"
     shutil.copytree(decided, output)
     plan = Plan.load(Folder(str(output)))
@@ -244,9 +244,9 @@ def test_shards_that_are_committed_are_not_decided_again(labeled, decided, tmp_p
     for path in ("_SUCCESS", "_mmray/manifest.json", "big.parquet"):
         (output / path).unlink()
     for number, shard in enumerate(shards_of(big, big.units)):
-        if (shard.first, shard.end) not in missing:
+        if number >= num_missing:
             committer.commit(shard, whole.read_row_group(number).replace_schema_metadata(None), big)
     result = decide_again(str(labeled), str(output), 0.3)
-    assert result.num_resumed == result.num_shards - len(missing)
+    assert result.num_resumed == result.num_shards - num_missing
     check(labeled, output, [0.3] * 6)
     assert (output / "big.parquet").read_bytes() == (decided / "big.parquet").read_bytes()
