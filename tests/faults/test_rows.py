@@ -9,11 +9,12 @@ POISON = "Nr. 500"
 """What the captions of two rows end with, each in the middle of a shard of a thousand."""
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("action", "reason"),
     [
         ("exit", "decoding this row killed its process (-9)"),
-        pytest.param("hang", "decoding this row took more than 30 s", marks=pytest.mark.faults),
+        ("hang", "decoding this row took more than 30 s"),
     ],
 )
 def test_a_poison_row_costs_itself_alone(job, rows, reference, action, reason):
