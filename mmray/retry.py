@@ -17,7 +17,7 @@ from mmray.errors import OutputError
 from mmray.parquet import DataFile
 from mmray.plan import Plan, Shard
 from mmray.schema import Status
-from mmray.shards import MANIFEST, finished_manifest, read_record
+from mmray.shards import MANIFEST, SUCCESS, read_record
 from mmray.storage import Folder
 
 
@@ -40,7 +40,7 @@ class Earlier(NamedTuple):
         """
         folder = Folder(uri)
         plan, manifest = Plan.load(folder), folder.read_or_none(MANIFEST)
-        if plan is None or manifest is None or finished_manifest(folder, plan) is None:
+        if plan is None or manifest is None or folder.read_or_none(SUCCESS) is None:
             raise OutputError(f"{option} {folder}: it is not finished; run the job that makes it to its end")
         return cls(folder, option, plan.fingerprint, hashlib.sha256(manifest).hexdigest()), plan
 

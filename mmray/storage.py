@@ -11,7 +11,6 @@ What is asked of a store, and what its errors become, stands in `mmray.stores`.
 from __future__ import annotations
 
 import functools
-import io
 import json
 import os
 from collections.abc import Iterable
@@ -24,6 +23,7 @@ from urllib.parse import urlsplit
 from mmray import disk, stores
 from mmray.errors import ConfigError, DataError, StorageError
 from mmray.faults import moment
+from mmray.remote import RemoteFile
 
 REMOVALS_AT_ONCE = 16
 
@@ -176,7 +176,7 @@ class Folder:
         size = self._size(path)
         if size is None:
             raise FileNotFoundError(f"{self.uri}/{path}: no such file")
-        return cast(BinaryIO, _RemoteFile(self, path, size))
+        return cast(BinaryIO, RemoteFile(functools.partial(self.read_range, path), size))
 
     def publish(self, path: str, data: bytes | Path) -> None:
         """Put a file in place at once, over what was there: the bytes, or a local file's."""
@@ -268,39 +268,3 @@ class Folder:
 def visible(path: str) -> bool:
     """Tell whether a relative path is data: no part of it begins with `_` or `.`, as in Hive and Spark."""
     return not any(part.startswith(("_", ".")) for part in path.split("/"))
-
-
-class _RemoteFile(io.RawIOBase):
-    """A file in a store, of known size: a ranged GET for each read, errors as `Folder` tells them."""
-
-    def __init__(self, folder: Folder, path: str, size: int) -> None:
-        self._folder, self._path, self._size, self._place = folder, path, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
-        self._place = max(0, base + offset)
-        return self._place
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._next(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def readall(self) -> bytes:
-        return self._next(self._size)
-
-    def _next(self, num_bytes: int) -> bytes:
-        start = min(self._place, self._size)
-        end = min(start + num_bytes, self._size)
-        data = self._folder.read_range(self._path, start, end)
-        self._place += len(data)
-        return data

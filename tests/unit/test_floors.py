@@ -19,6 +19,7 @@ FLOORS = [
         *(
             "disk",
             "stores",
+            "remote",
             "storage",
             "fetch",
             "rowgroups",
