@@ -1,4 +1,4 @@
-"""Run the main job on generated data: draw, prepare, train, label, verify, evaluate."""
+"""Run the main job on generated data: draw, prepare, train, label, verify, evaluate, report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def main(output_uri: str) -> None:
         for problem in demo.verification.problems:
             console.print(problem)
     console.print(f"{demo.labeling.summary()}; verified, {len(demo.verification.problems) or 'no'} problems")
-    console.print(f"Everything is in {output_uri}: raw/, data/, bundle/ and labeled/", soft_wrap=True)
+    console.print(
+        f"Everything is in {output_uri}: raw/, data/, bundle/, labeled/, and two reports:", soft_wrap=True
+    )
+    console.print(f"{output_uri}/training.html and {output_uri}/labeled.html", soft_wrap=True)
     sys.exit(EXIT_BAD_RESULT if demo.verification.problems else 0)
 
 

@@ -8,13 +8,12 @@ from typing import Any
 from mmray.config import ModelConfig
 
 
-def model_card(model: ModelConfig, metrics: dict[str, Any], num_rows: int) -> str:
+def model_card(model: ModelConfig, metrics: dict[str, Any]) -> str:
     """Write the card in Markdown.
 
     Args:
         model: what the model is made of.
-        metrics: of the validation rows, as `Validation.settle` gives them, and the epoch.
-        num_rows: that it was trained on.
+        metrics: what a bundle's `metrics.json` holds.
     """
     single = metrics["by_decision"]["single"]["sample_f1"]
     lines = [
@@ -25,7 +24,7 @@ def model_card(model: ModelConfig, metrics: dict[str, Any], num_rows: int) -> st
         "",
         f"- Image tower {model.vision} at {model.image_size} px, caption tower {model.text}, "
         f"fusion {model.fusion}.",
-        f"- Trained on {num_rows:,} rows; epoch {metrics['epoch']} was the best.",
+        f"- Trained on {metrics['training']['num_rows']:,} rows; epoch {metrics['epoch']} was the best.",
         f"- On {metrics['num_rows']:,} validation rows: sample F1 {metrics['sample_f1']:.3f}, "
         f"mAP {metrics['map']:.3f}, macro F1 {metrics['macro_f1']:.3f}. These rows chose the thresholds, "
         f"one a label; at a single one sample F1 is {single:.3f}.",

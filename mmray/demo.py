@@ -1,4 +1,4 @@
-"""The whole way on generated data: draw, prepare, train, label, verify, evaluate.
+"""The whole way on generated data: draw, prepare, train, label, verify, evaluate, report.
 
 The scenes are drawn so that neither image nor caption tells all: their shapes are seen in the image alone,
 their place is told by the caption alone. Only a model that uses both can label them right.
@@ -20,6 +20,7 @@ from mmray.config import ComputeConfig, LabelConfig, ModelConfig, TrainConfig
 from mmray.evaluate import evaluate_predictions
 from mmray.labeling import LabelingResult, label_dataset
 from mmray.prepare import prepare_folder
+from mmray.report import write_report
 from mmray.storage import Folder
 from mmray.training import train_model
 from mmray.verify import Verification, verify_dataset
@@ -75,7 +76,11 @@ def run_demo(output_uri: str, tell: Callable[[str], None]) -> Demo:
     )
     tell("verifying the labeled rows against the archive")
     verification = verify_dataset(data["archive"], labeled_uri)
-    return Demo(labeling, verification, evaluate_predictions(data["archive"], labeled_uri))
+    summary = evaluate_predictions(data["archive"], labeled_uri)
+    tell("reporting")
+    write_report(bundle_uri, f"{output}/training.html")
+    write_report(labeled_uri, f"{output}/labeled.html", input_uri=data["archive"], model_uri=bundle_uri)
+    return Demo(labeling, verification, summary)
 
 
 def draw_scenes(folder: Folder, num_rows: int, generator: np.random.Generator) -> None:

@@ -23,6 +23,8 @@ from mmray.model import Inputs, MultimodalModel
 BASE_BATCH_SIZE = 64
 """Global batch that `learning_rate` is meant for."""
 
+PROGRESS = "progress.json"
+"""Of a checkpoint: how far learning has come."""
 
 Batches = Iterable[dict[str, Tensor]]
 """Of the parts of `Inputs`, and of `targets`, `mask` and `valid`."""
@@ -130,7 +132,7 @@ class Learner:
         safetensors.torch.save_file(_contiguous(self.model), folder / "model.safetensors")
         safetensors.torch.save_file(_contiguous(self.averaged), folder / "averaged.safetensors")
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-        (folder / "progress.json").write_text(json.dumps(progress | {"num_steps": self.num_steps}))
+        (folder / PROGRESS).write_text(json.dumps(progress | {"num_steps": self.num_steps}))
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Go back to a checkpoint; gives what was saved with it."""
@@ -139,7 +141,7 @@ class Learner:
             self.ema.module.load_state_dict(safetensors.torch.load_file(folder / "averaged.safetensors"))
         state = torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True)
         self.optimizer.load_state_dict(state)
-        progress: dict[str, Any] = json.loads((folder / "progress.json").read_text())
+        progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
         self.num_steps = progress["num_steps"]
         return progress
 

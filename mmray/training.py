@@ -3,6 +3,7 @@
 OUTPUT/             the bundle, when training is done
 OUTPUT/_train/      what it started from: see `mmray.start`
 OUTPUT/_train/run/  Ray Train's checkpoints, one an epoch; the best and the latest are kept
+OUTPUT/_train/validation.safetensors  what the best one makes of the validation rows
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ from mmray.config import Columns, ComputeConfig, ModelConfig, TrainConfig, Worke
 from mmray.datasets import ExactValidation, Rows, decode_rows, examples
 from mmray.errors import DataError
 from mmray.images import Augmentation
+from mmray.learner import PROGRESS
 from mmray.model import build_model
 from mmray.progress import Progress
 from mmray.resources import Resources
 from mmray.start import RECIPE, RUN, is_finished, prepare_start, recipe_of
 from mmray.storage import Folder
-from mmray.validation import Validation
+from mmray.validation import VALIDATION, Validation
 from mmray.worker import TrainJob, train_worker
 
 log = logging.getLogger(__name__)
@@ -103,10 +105,10 @@ def train_model(
     output.publish_json(RECIPE, recipe)  # what cannot be built has taken no output
     with told(progress, train.epochs) as news:
         job = TrainJob(model, train, start, sum(part.num_rows for part in parts), workers.num_threads, news)
-        best = fit(job, parts, val, output, workers)
+        best, latest = fit(job, parts, val, output, workers)
     # A bundle needs no other folder: a backbone that came from one is kept under timm's name for it.
     kept = replace(model, vision=built.image.architecture) if built.image else model
-    bundle, metrics = save_best(output, best, replace(job, model=kept))
+    bundle, metrics = save_best(output, best, latest, replace(job, model=kept))
     return TrainingResult(bundle, metrics, time.monotonic() - started, False)
 
 
@@ -140,8 +142,8 @@ class TrainWorkers:
 
 def fit(
     job: TrainJob, parts: list[Rows], val: Rows, output: Folder, workers: TrainWorkers
-) -> ray.train.Checkpoint:
-    """Run Ray Train until the recipe is done; gives the best epoch's checkpoint."""
+) -> tuple[ray.train.Checkpoint, ray.train.Checkpoint]:
+    """Run Ray Train until the recipe is done; gives the best epoch's checkpoint, and the last one's."""
     config, vocabulary = job.train, job.start.vocabulary
     seed = (config.seed, num_epochs_done(output))
     augmentation = Augmentation(config.crop, config.colour, config.rand_augment)
@@ -175,7 +177,7 @@ def fit(
         ),
     )
     result = trainer.fit()
-    return result.get_best_checkpoint("sample_f1", "max")
+    return result.get_best_checkpoint("sample_f1", "max"), result.checkpoint
 
 
 DECODE_BATCHES: dict[str, Any] = {"batch_size": 128, "batch_format": "pyarrow"}
@@ -184,7 +186,7 @@ DECODE_BATCHES: dict[str, Any] = {"batch_size": 128, "batch_format": "pyarrow"}
 def num_epochs_done(output: Folder) -> int:
     """Give the epochs that checkpoints hold: a run that resumes must not repeat the first ones' order."""
     run = output / f"{RUN}/run"
-    return max((run.read_json(path)["epoch"] for path in run.list("/progress.json")), default=0)
+    return max((run.read_json(path)["epoch"] for path in run.list(f"/{PROGRESS}")), default=0)
 
 
 @contextmanager
@@ -213,23 +215,37 @@ def told(show: bool, epochs: int) -> Iterator[Queue | None]:
             thread.join(timeout=5)
 
 
-def save_best(output: Folder, best: ray.train.Checkpoint, job: TrainJob) -> tuple[Bundle, dict[str, Any]]:
+def save_best(
+    output: Folder, best: ray.train.Checkpoint, latest: ray.train.Checkpoint, job: TrainJob
+) -> tuple[Bundle, dict[str, Any]]:
     """Make the bundle of the best epoch's averaged weights; gives it and its metrics."""
+    with latest.as_directory() as folder:
+        history = json.loads((Path(folder) / PROGRESS).read_text())["history"]
     with best.as_directory() as folder:
         weights = safetensors.torch.load_file(Path(folder) / "averaged.safetensors")
-        state = json.loads((Path(folder) / "progress.json").read_text())
-        settled = Validation.load(Path(folder)).settle(job.start.vocabulary)
+        state = json.loads((Path(folder) / PROGRESS).read_text())
+        validation = Validation.load(Path(folder))
+        output.publish(f"{RUN}/{VALIDATION}", Path(folder) / VALIDATION)
+    start, settled = job.start, validation.settle(job.start.vocabulary)
     metrics = settled.metrics | {name: state["metrics"][name] for name in ("epoch", "loss", "seconds")}
+    metrics["history"] = history
+    metrics["training"] = {
+        "num_rows": job.num_rows,
+        "num_labeled": start.num_labeled,
+        "by_label": {
+            str(label): int(n) for label, n in zip(start.vocabulary.labels, start.positives, strict=True)
+        },
+    }
     bundle = save_bundle(
         output,
         model_config=job.model,
-        text_config=job.start.text_config,
-        vocabulary=job.start.vocabulary,
+        text_config=start.text_config,
+        vocabulary=start.vocabulary,
         thresholds=settled.thresholds,
         calibration=settled.calibration,
-        tokenizer_files=job.start.tokenizer_files,
+        tokenizer_files=start.tokenizer_files,
         weights=weights,
         metrics=metrics,
-        card=model_card(job.model, metrics, job.num_rows),
+        card=model_card(job.model, metrics),
     )
     return bundle, metrics

@@ -18,7 +18,7 @@ from mmray.schema import Vocabulary
 
 MAX_ROWS_KEPT = 200_000
 """Validation rows that calibration and thresholds are fitted to: more would not change them."""
-FILE = "validation.safetensors"
+VALIDATION = "validation.safetensors"
 
 
 class Validation(NamedTuple):
@@ -83,13 +83,13 @@ class Validation(NamedTuple):
         """Write it into a checkpoint."""
         safetensors.numpy.save_file(
             {name: np.ascontiguousarray(array) for name, array in self._asdict().items()},
-            folder / FILE,
+            folder / VALIDATION,
         )
 
     @classmethod
     def load(cls, folder: Path) -> Validation:
         """Read it from a checkpoint."""
-        return cls(**safetensors.numpy.load_file(folder / FILE))
+        return cls(**safetensors.numpy.load_file(folder / VALIDATION))
 
     def settle(self, vocabulary: Vocabulary) -> Settled:
         """Fit calibration and thresholds to these rows, and measure what they are worth."""

@@ -26,6 +26,8 @@ from mmray.validation import Validation, add_up
 
 SHUFFLE_BUFFER_BYTES = 256 << 20
 NEWS_INTERVAL_S = 0.5
+HISTORY = ("epoch", "loss", "sample_f1", "map", "macro_f1", "seconds")
+"""What is remembered of each epoch."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def train_worker(config: dict[str, Any]) -> None:
     batch_size = min(job.train.batch_size_per_worker, job.num_rows // world_size)
     num_steps = job.num_rows // world_size // batch_size
     learner = make_learner(job, num_steps, world_size)
-    state: dict[str, Any] = {"epoch": 0, "stale": 0, "best": -1.0}
+    state: dict[str, Any] = {"epoch": 0, "stale": 0, "best": -1.0, "history": []}
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             state = learner.load(Path(folder))
@@ -81,6 +83,7 @@ def train_worker(config: dict[str, Any]) -> None:
             "stale": 0 if better else state["stale"] + 1,
             "best": max(state["best"], metrics["sample_f1"]),
             "metrics": metrics,
+            "history": [*state["history"], {name: metrics[name] for name in HISTORY}],
         }
         news.tell(
             f"epoch {epoch}: loss {loss:.4f}, validation sample F1 {metrics['sample_f1']:.4f}, "

@@ -7,6 +7,7 @@ from mmray.ablate import Experiment, Places, ablate
 from mmray.bundle import Bundle
 from mmray.config import AblationConfig, Columns, ComputeConfig, ModelConfig, TrainConfig
 from mmray.errors import OutputError
+from mmray.report import write_report
 from mmray.storage import Folder
 
 MODEL = ModelConfig(fusion="text", max_tokens=16, width=32, pretrained=False)
@@ -36,6 +37,8 @@ def test_variants_that_share_a_training_are_trained_once_and_a_rerun_trains_noth
     before = {path: (tmp_path / "out" / path).stat().st_ino for path in output.list() if "runs/" in path}
     assert ablate(Experiment(MODEL, TRAIN), config, where, str(tmp_path / "out")) == rows
     assert before == {path: (tmp_path / "out" / path).stat().st_ino for path in before}
+    write_report(f"{output}", str(tmp_path / "report.html"))
+    assert f"{rows[0]['sample_f1']:.4f} ± 0.0000" in (tmp_path / "report.html").read_text()
     with pytest.raises(OutputError, match="other --val"):
         other = where._replace(val_uri=places[0])
         ablate(Experiment(MODEL, TRAIN), config, other, str(tmp_path / "out"))

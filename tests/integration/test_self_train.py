@@ -1,5 +1,7 @@
 """Self-training with real workers: what the teacher says, what is selected of it, what the student learns."""
 
+from collections import Counter
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -9,10 +11,12 @@ from mmray.config import Columns, ComputeConfig, ModelConfig, SelfTrainConfig, T
 from mmray.datasets import Rows, examples
 from mmray.errors import OutputError
 from mmray.evaluate import evaluate_model
+from mmray.labeler import Labeler
 from mmray.pseudo import select
 from mmray.selection import as_matrix
 from mmray.self_train import self_train
 from mmray.storage import Folder
+from mmray.training_report import training_report
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -95,6 +99,35 @@ def test_the_student_sees_labeled_rows_and_the_selected_ones_as_they_were_select
         for chosen in pq.read_table(pseudo.selection.folder.path(path), partitioning=None).to_pylist():
             row = rows[chosen["row"]]
             assert seen[row["image"], row["caption"]] == (chosen["targets"], chosen["mask"])
+
+
+def test_the_page_shows_epochs_rounds_and_what_is_confused(result, places):
+    page = training_report(Folder(places[3]))
+    sections = {section.title: section for section in page.sections}
+    metrics = result.rounds[result.best]["metrics"]
+    (epochs,), (rounds,) = sections["Epochs"].tables, sections["Rounds of self-training"].tables
+    assert epochs.rows[0][:2] == ["1 (kept)", f"{metrics['loss']:.4f}"]
+    assert [row[2] for row in rounds.rows] == [
+        f"{entry['metrics']['sample_f1']:.4f}" for entry in result.rounds
+    ]
+    trained = {row[0]: row[-1] for row in sections["Labels"].tables[0].rows}
+    truth = Counter(label for labels in pq.read_table(places[0])["labels"].to_pylist() for label in labels)
+    assert trained == {label: str(count) for label, count in truth.items()}
+    assert len(sections["Label by label"].charts) == 2 * len(trained)
+    reader = sections["Confusion"].tables[0]
+    assert [row[0] for row in reader.rows] == list(reader.columns[1:])
+    missed = sum(int(cell.text or 0) for row in reader.rows for cell in row[1:])
+    assert missed == count_confused(places, result)
+    assert "<svg" in page.html()
+
+
+def count_confused(places, result):
+    """Count pairs of a label that a validation row was not given, and one that it was given instead."""
+    labeler, rows = Labeler.load(places[3]), pq.read_table(places[2])
+    labeled = labeler(rows["image"].to_pylist(), rows["caption"].to_pylist())
+    targets = result.bundle.vocabulary.encode(rows["labels"]).astype(bool)
+    missed, wrong = targets & ~labeled.decided, labeled.decided & ~targets
+    return int((missed.sum(axis=1) * wrong.sum(axis=1)).sum())
 
 
 def test_the_same_command_again_does_nothing_and_another_selection_is_refused(result, places):

@@ -44,6 +44,7 @@ FLOORS = [
         ),
         *("bundle", "planning"),
         *("selection", "labeler", "isolation", "tables", "learner", "validation", "card", "cli"),
+        *("charts", "page", "picking", "survey"),
     ],
     # 2: on Ray Data and Ray Train
     [
@@ -59,7 +60,10 @@ FLOORS = [
         "pseudo",
     ],
     # 3: one module for each further job
-    ["prepare", "evaluate", "deciding", "demo", "self_train", "ablate", "report", "export", "bench"],
+    [
+        *("prepare", "evaluate", "deciding", "self_train", "ablate"),
+        *("gallery", "labeling_report", "training_report", "report", "demo", "export", "bench"),
+    ],
 ]
 ORDER = [module for floor in FLOORS for module in floor]
 MODULES = sorted(path.stem for path in HOUSE.glob("*.py") if path.stem != "__init__")

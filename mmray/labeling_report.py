@@ -1,0 +1,187 @@
+"""The report on a labeled output: what rows were given, how sure that is, and rows to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+
+from mmray.bundle import Bundle
+from mmray.charts import Chart, Series
+from mmray.errors import ConfigError, OutputError
+from mmray.gallery import SHOWN, Reader, cards, disagreeing
+from mmray.page import Card, Cell, Page, Section, Table
+from mmray.parquet import find_files
+from mmray.plan import Plan
+from mmray.shards import MANIFEST, SUCCESS
+from mmray.storage import Folder
+from mmray.survey import NUM_BINS, Survey, Surveyor
+
+TASKS_PER_CPU = 4
+MAX_CHARTED = 24
+"""Labels that have a chart of their own: the most frequent."""
+
+MAX_REASONS = 20
+
+
+def labeling_report(
+    output: Folder,
+    input_uri: str | None = None,
+    bundle: Bundle | None = None,
+    prefixes: tuple[str, ...] = (),
+) -> Page:
+    """Survey a finished output of `label_dataset`.
+
+    Args:
+        output: of the job.
+        input_uri: the rows that were labeled, for thumbnails.
+        bundle: that labeled, for what training saw, and for what image and caption say alone.
+        prefixes: below which images that rows name by URI may be fetched.
+
+    Raises:
+        OutputError: the output is not finished, or a file in it is damaged.
+        ConfigError: another bundle labeled.
+        DataError: the input is not what was labeled.
+    """
+    plan, manifest = Plan.load(output), output.read_json(MANIFEST)
+    if plan is None or manifest is None or output.read_or_none(SUCCESS) is None:
+        raise OutputError(f"{output} is not finished; run label.py again, it resumes")
+    if bundle and bundle.fingerprint != plan.settings["bundle"]:
+        raise ConfigError(f"--model {bundle.folder}: {output} was labeled by another bundle")
+    source = None
+    if input_uri:
+        source, files = find_files(input_uri)
+        plan.compare_input(files)
+    surveyor = Surveyor.of(output, plan)
+    survey = survey_files(surveyor, [file.path for file in plan.files if file.num_rows])
+    fused = bundle is not None and bundle.model_config.fusion not in ("image", "text")
+    square_px = bundle.model_config.image_size if bundle and fused else None
+    looks = Reader(output, plan, source, prefixes, square_px).read_all(survey.picks)
+    shown = cards(looks, surveyor.vocabulary)
+    if bundle and fused:
+        shown += disagreeing(looks, bundle)
+    names = [str(label) for label in surveyor.vocabulary.labels]
+    return Page(
+        f"Labeled rows: {output}",
+        list(_facts(survey, plan)),
+        [
+            by_status(survey),
+            by_label(survey, names, training_of(bundle)),
+            *([by_score(survey, surveyor, names)] if surveyor.scored and survey.num_rows else []),
+            *([by_reason(survey)] if survey.reasons else []),
+            gallery(shown, survey, with_images=source is not None, with_model=bundle is not None),
+            made_of(plan, manifest),
+        ],
+        names,
+    )
+
+
+def survey_files(surveyor: Surveyor, paths: Sequence[str]) -> Survey:
+    """Count files on the cluster."""
+
+    @ray.remote(num_cpus=0.5)
+    def survey(paths: Sequence[str]) -> Survey:
+        return sum((surveyor.survey(path) for path in paths), Survey())
+
+    num_tasks = min(len(paths), TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 0))))
+    tasks = [survey.remote(paths[task::num_tasks]) for task in range(num_tasks)]
+    return sum((ray.get(task) for task in tasks), Survey())
+
+
+def _facts(survey: Survey, plan: Plan) -> Iterator[tuple[str, str]]:
+    num_rows = max(1, survey.num_rows)
+    yield "rows", f"{survey.num_rows:,}"
+    yield "files", f"{len(plan.files):,}"
+    yield "labels a row", f"{np.sum(survey.labels) / num_rows:.2f}"
+    yield "failed", f"{survey.counts['failed'] / num_rows:.2%}"
+    yield "without a label", f"{survey.num_empty / num_rows:.2%}"
+    if plan.settings["scores"] == "all":
+        yield "fallback to the top label", f"{survey.num_fallback / num_rows:.2%}"
+
+
+def by_status(survey: Survey) -> Section:
+    """Show how many rows have which status."""
+    rows = [
+        (status, Cell(f"{count:,}", count / survey.num_rows), f"{count / survey.num_rows:.2%}")
+        for status, count in survey.counts.most_common()
+    ]
+    words = "ok; no_caption, no_image and bad_image were labeled from what is left; failed have no labels."
+    return Section("Status", words, [Table(("status", "rows", "share"), rows)])
+
+
+def training_of(bundle: Bundle | None) -> dict[str, float]:
+    """Give the share of training rows that bear each label, as far as the bundle knows."""
+    known = (bundle.folder.read_json("metrics.json") or {}).get("training") if bundle else None
+    return (
+        {label: count / known["num_labeled"] for label, count in known["by_label"].items()} if known else {}
+    )
+
+
+def by_label(survey: Survey, names: Sequence[str], training: dict[str, float]) -> Section:
+    """Show how many rows were given which label, beside the share of training rows that bear it."""
+    counts = np.broadcast_to(survey.labels, len(names))
+    rows: list[Sequence[str | Cell]] = []
+    for label in np.argsort(-counts, kind="stable"):
+        share = counts[label] / max(1, survey.num_rows)
+        row: list[str | Cell] = [names[label], f"{counts[label]:,}", Cell(f"{share:.2%}", share)]
+        if training:
+            before = training.get(names[label], 0.0)
+            row += [Cell(f"{before:.2%}", before), f"{share / before:.2f}" if before else "-"]
+        rows.append(row)
+    columns = ["label", "rows", "share", *["share in training", "ratio"] * bool(training)]
+    words = (
+        "A ratio far from 1 says that these rows are other than those that trained the model, or that the "
+        "model is wrong about them."
+        if training
+        else "With --model, the share of training rows stands beside it."
+    )
+    return Section("Labels", words, [Table(columns, rows)])
+
+
+def by_score(survey: Survey, surveyor: Surveyor, names: Sequence[str]) -> Section:
+    """Show how scores are spread, by label."""
+    histogram, edges = np.asarray(survey.histogram), np.linspace(0, 1, NUM_BINS + 1)
+    charts = [
+        Chart(
+            names[label],
+            [Series(edges, histogram[label], kind="steps")],
+            *("score", "rows"),
+            mark=float(surveyor.thresholds[label]),
+            log=True,
+        )
+        for label in np.argsort(-np.asarray(survey.labels), kind="stable")[:MAX_CHARTED]
+    ]
+    words = "Rows by score, on a logarithmic scale; the dotted line is the threshold."
+    if len(names) > MAX_CHARTED:
+        words += f" The {MAX_CHARTED} most frequent of {len(names):,} labels."
+    return Section("Scores", words, charts=charts)
+
+
+def by_reason(survey: Survey) -> Section:
+    """Show why rows were rejected."""
+    rows = [(reason, f"{count:,}") for reason, count in survey.reasons.most_common(MAX_REASONS)]
+    words = f"Each is listed in _mmray/rejected/. The {MAX_REASONS} most frequent reasons; # is any number."
+    return Section("Rejected rows", words, [Table(("reason", "rows"), rows)])
+
+
+def gallery(shown: Sequence[Card], survey: Survey, *, with_images: bool, with_model: bool) -> Section:
+    """Show rows."""
+    words = (
+        f"Of {survey.num_rows:,} rows at most {SHOWN} of each kind, labels taking turns. The least certain "
+        "have the highest mean entropy of scores."
+    )
+    if not with_images:
+        words += " With --input, their images are shown."
+    if not (with_images and with_model):
+        words += " With --input and --model, rows are found whose image and caption disagree."
+    return Section("Rows to look at", words, cards=shown)
+
+
+def made_of(plan: Plan, manifest: dict[str, Any]) -> Section:
+    """Show what made the output."""
+    settings = {name: value for name, value in plan.settings.items() if name not in ("labels", "thresholds")}
+    known = {"fingerprint": plan.fingerprint, **settings, **manifest["versions"]}
+    rows = [(name, str(value)) for name, value in known.items() if value not in (None, [], ())]
+    return Section("Made with", tables=[Table(("what", "value"), rows)])

@@ -1,0 +1,68 @@
+"""Which rows of a labeled output are worth a look: by how sure the model is, labels taking turns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+CERTAIN, UNCERTAIN, FALLBACK = "most certain", "least certain", "fallback"
+REJECTION, RANDOM = "rejected", "at random"
+COUNTS = {UNCERTAIN: 48, FALLBACK: 48, CERTAIN: 48, REJECTION: 48, RANDOM: 256}
+"""Rows of each kind that are picked: at random more than are shown, to find among them what disagrees."""
+
+
+class Pick(NamedTuple):
+    """A row to look at."""
+
+    kind: str
+    label: int
+    """That it stands for, by place in the vocabulary."""
+    rank: float
+    """The higher, the sooner it is shown."""
+    path: str
+    row: int
+
+
+def doubt(scores: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Tell how unsure a model is of rows: the mean entropy of their labels, in bits.
+
+    Args:
+        scores: float (B, L) in [0, 1].
+
+    Returns:
+        float64 (B,) in [0, 1].
+    """
+    p = np.clip(scores.astype(np.float64), 1e-12, 1 - 1e-12)
+    entropy: NDArray[np.float64] = -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
+    return entropy.mean(axis=1)
+
+
+def take_turns(labels: np.ndarray, ranks: np.ndarray, count: int) -> NDArray[np.intp]:
+    """Choose rows so that each label has its turn, with its rows of highest rank first.
+
+    Args:
+        labels: int (B,).
+        ranks: float (B,).
+        count: how many, at most.
+
+    Returns:
+        Their places, int (N,), in the order in which they were chosen.
+    """
+    order = np.lexsort((-ranks, labels))
+    _, first, places = np.unique(labels[order], return_index=True, return_inverse=True)
+    turns = np.arange(len(order)) - first[places]
+    return order[np.lexsort((-ranks[order], turns))][:count]
+
+
+def choose(picks: Iterable[Pick]) -> list[Pick]:
+    """Keep as many picks of each kind as are shown, labels taking turns."""
+    kept: list[Pick] = []
+    for kind, same in groupby(sorted(picks), key=lambda pick: pick.kind):
+        of_kind = list(same)
+        labels, ranks = (np.array([pick[place] for pick in of_kind]) for place in (1, 2))
+        kept += [of_kind[place] for place in take_turns(labels, ranks, COUNTS[kind])]
+    return kept
