@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mmray.cli import cluster, job
+from mmray.cli import cluster, job, options
+from mmray.config import Columns, make
 
 if TYPE_CHECKING:
     from mmray.prepare import Prepared
+    from mmray.schema import Label
 
 images = click.option("--images", "images_uri", required=True, metavar="URI", help="Folder of images.")
 output = click.option("--output", "output_uri", required=True, metavar="URI", help="Folder for the dataset.")
@@ -72,14 +75,39 @@ def folder(images_uri: str, csv_uri: str | None, output_uri: str, val_fraction: 
         show(prepare_folder(images_uri, output_uri, csv_uri, val_fraction))
 
 
-def show(prepared: Prepared) -> None:
-    """Print what was written, and how often each label occurs."""
+@job("label-studio")
+@click.option("--answers", "answers_uri", required=True, metavar="URI", help="Label Studio's JSON export.")
+@click.option("--input", "input_uri", required=True, metavar="URI", help="The rows that were asked about.")
+@output
+@options(Columns)
+def label_studio(answers_uri: str, input_uri: str, output_uri: str, **settings: Any) -> None:
+    """Prepare what people answered to the tasks of export.py label-studio, to train on next."""
+    from mmray.answers import prepare_answers
+
+    answered = prepare_answers(answers_uri, input_uri, output_uri, make(Columns, settings))
+    show_counts([(answered.num_rows, "rows written"), *by_label(answered.labels)])
+
+
+def by_label(labels: dict[Label, int]) -> list[tuple[int, str]]:
+    """Say how often each label occurs."""
+    return [(num_rows, f"rows with label {label}") for label, num_rows in labels.items()]
+
+
+def show_counts(counts: Iterable[tuple[int, str]]) -> None:
+    """Print numbers and what they mean."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
     table.add_column(justify="right")
-    for count, meaning in (
+    for count, meaning in counts:
+        table.add_row(f"{count:,}", meaning)
+    Console(highlight=False, markup=False, emoji=False).print(table)
+
+
+def show(prepared: Prepared) -> None:
+    """Print what was written, and how often each label occurs."""
+    counts = [
         (prepared.num_rows, "rows written"),
         (prepared.num_with_image, "with an image"),
         (prepared.num_missing, "images missing"),
@@ -87,15 +115,14 @@ def show(prepared: Prepared) -> None:
         (prepared.num_duplicates, "rows that repeat an image_id"),
         (prepared.num_left_out, "images in the folder that no row names"),
         (prepared.num_bytes, f"bytes in {prepared.num_files:,} Parquet file(s)"),
-        *((num_rows, f"rows with label {label}") for label, num_rows in prepared.labels.items()),
-    ):
-        table.add_row(f"{count:,}", meaning)
-    Console(highlight=False, markup=False, emoji=False).print(table)
+        *by_label(prepared.labels),
+    ]
+    show_counts(counts)
     if prepared.num_missing or prepared.num_unreadable:
         click.echo(f"Missing and unreadable images are listed in {prepared.rejected_uri}")
 
 
-for command in (kaggle, coco, folder):
+for command in (kaggle, coco, folder, label_studio):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray.data
 from rich.table import Table
 
 from mmray.bundle import Bundle
-from mmray.columns import refuse_pickles, require_columns
 from mmray.config import Columns, ComputeConfig, LabelConfig, ScoringConfig, make
 from mmray.datasets import Rows
 from mmray.decisions import decide
-from mmray.errors import DataError, OutputError
 from mmray.metrics import Counts
+from mmray.pairing import Pairs
 from mmray.parcels import unpack
-from mmray.parquet import DataFile, read_footer, read_units
-from mmray.plan import Plan, Work
+from mmray.parquet import DataFile
+from mmray.plan import Work
 from mmray.schema import Vocabulary, output_name, score_matrix
 from mmray.scoring import Pool, Scorer, score_shards, streaming
-from mmray.storage import Folder
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -129,91 +122,17 @@ def evaluate_predictions(
         OutputError: the predictions are no output of label.py.
         DataError: the rows are unusable, bear labels that the model does not know, or cannot be joined.
     """
-    columns = columns or Columns()
-    predictions = Folder(predictions_uri)
-    plan = Plan.load(predictions)
-    if plan is None:
-        raise OutputError(f"{predictions_uri} has no plan: it is no output of label.py")
-    rows = Rows.find(data_uri, columns, needs=["labels"])
-    scored = plan.settings["scores"] == "all"
-    rule = Rule(Vocabulary(tuple(plan.settings["labels"])), np.array(plan.settings["thresholds"]), scored)
-    planned = {(file.path, file.footer_sha256) for file in plan.files if file.num_rows}
-    if planned == set(rows.identity()):
-        return rule.summary(_count_by_position(rows, predictions, plan, rule))
-    truth, labeled = _join_by_id(rows, predictions, plan, rule)
-    return rule.summary([rule.count(truth, labeled).to_vector()])
-
-
-def _count_by_position(rows: Rows, predictions: Folder, plan: Plan, rule: Rule) -> Iterator[np.ndarray]:
-    """Count file by file, on the cluster: row i of the output is row i of the input."""
-    label_column = rows.columns.labels
+    pairs = Pairs.find(data_uri, predictions_uri, columns or Columns())
+    rule = Rule(pairs.vocabulary, np.array(pairs.plan.settings["thresholds"]), pairs.scored)
+    if not pairs.by_position:
+        return rule.summary([rule.count(*pairs.joined()).to_vector()])
 
     def count(row: dict[str, Any]) -> dict[str, Any]:
-        file = DataFile.from_json(row["item"])
-        truth = pa.concat_tables(
-            table for _, _, table in read_units(rows.folder, file, file.units, [label_column])
-        )
-        labeled = _read_predictions(predictions, file.path, rule)
-        return {"counts": rule.count(truth[label_column], labeled).to_vector().tobytes()}
+        pair = pairs.of_file(DataFile.from_json(row["item"]))
+        return {"counts": rule.count(*pair).to_vector().tobytes()}
 
-    files = ray.data.from_items([file.to_json() for file in plan.files if file.num_rows])
-    return _vectors(files.map(count, num_cpus=0.5))
-
-
-def _join_by_id(rows: Rows, predictions: Folder, plan: Plan, rule: Rule) -> tuple[pa.ChunkedArray, pa.Table]:
-    """Join by id, on the driver: ids, labels and scores of all rows must fit there.
-
-    Raises:
-        DataError: an id is null or stands twice, or nothing matches.
-    """
-    id_column, label_column = rows.columns.id, rows.columns.labels
-    for file in rows.files:
-        schema = read_footer(rows.folder, file.path, file.size_bytes)[0].schema.to_arrow_schema()
-        require_columns(schema, {"--id-column": id_column}, f"{rows.folder}/{file.path}")
-    truth = pa.concat_tables(
-        table.rename_columns(["id", "truth"])
-        for file in rows.files
-        for _, _, table in read_units(rows.folder, file, file.units, [id_column, label_column])
-    )
-    name = output_name(id_column)
-    labeled = pa.concat_tables(_read_predictions(predictions, file.path, rule, name) for file in plan.files)
-    for table, column, where in ((truth, "id", rows.folder), (labeled, name, predictions)):
-        _require_unique(table[column], column, str(where))
-    index = pc.index_in(labeled[name].cast(truth["id"].type), value_set=truth["id"].combine_chunks())
-    matched = index.is_valid()
-    joined = pc.sum(matched).as_py() or 0
-    if not joined:
-        raise DataError(
-            f"no id of {predictions} occurs in {rows.folder}; is {id_column!r} the right --id-column?"
-        )
-    log.warning(
-        "joined by %s: %d rows; %d predictions and %d labeled rows found no partner",
-        id_column,
-        joined,
-        labeled.num_rows - joined,
-        truth.num_rows - joined,
-    )
-    return truth["truth"].take(index.drop_null()), labeled.filter(matched)
-
-
-def _read_predictions(predictions: Folder, path: str, rule: Rule, *more: str) -> pa.Table:
-    columns = ["predicted_labels", *(["scores"] if rule.scored else []), *more]
-    try:
-        labeled = pq.read_table(pa.BufferReader(predictions.read(path)), columns=columns)
-    except FileNotFoundError:
-        raise OutputError(f"{predictions}/{path} is missing: let label.py finish first") from None
-    refuse_pickles(labeled.schema, f"{predictions}/{path}")
-    return labeled
-
-
-def _require_unique(ids: pa.ChunkedArray, column: str, where: str) -> None:
-    if ids.null_count:
-        raise DataError(f"{where}: {ids.null_count} rows have no {column}; join by another --id-column")
-    counts = pc.value_counts(ids)
-    twice = counts.filter(pc.greater(pc.struct_field(counts, "counts"), 1))
-    if len(twice):
-        value = twice[0]["values"].as_py()
-        raise DataError(f"{where}: {len(twice)} values of {column} stand more than once, such as {value!r}")
+    files = ray.data.from_items([file.to_json() for file in pairs.files])
+    return rule.summary(_vectors(files.map(count, num_cpus=0.5)))
 
 
 def _vector(counts: Counts) -> pa.Table:

@@ -6,20 +6,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import ray
 
 from mmray.bundle import Bundle
 from mmray.charts import Chart, Series
 from mmray.errors import ConfigError, OutputError
-from mmray.gallery import SHOWN, Reader, cards, disagreeing
+from mmray.gallery import SHOWN, cards, disagreeing
+from mmray.looks import Reader
 from mmray.page import Card, Cell, Page, Section, Table
 from mmray.parquet import find_files
 from mmray.plan import Plan
+from mmray.resources import spread
 from mmray.shards import MANIFEST, SUCCESS
 from mmray.storage import Folder
 from mmray.survey import NUM_BINS, Survey, Surveyor
 
-TASKS_PER_CPU = 4
 MAX_CHARTED = 24
 """Labels that have a chart of their own: the most frequent."""
 
@@ -58,7 +58,7 @@ def labeling_report(
     survey = survey_files(surveyor, [file.path for file in plan.files if file.num_rows])
     fused = bundle is not None and bundle.model_config.fusion not in ("image", "text")
     square_px = bundle.model_config.image_size if bundle and fused else None
-    looks = Reader(output, plan, source, prefixes, square_px).read_all(survey.picks)
+    looks = Reader(output, plan, source, prefixes, square_px=square_px).read_all(survey.picks)
     shown = cards(looks, surveyor.vocabulary)
     if bundle and fused:
         shown += disagreeing(looks, bundle)
@@ -81,13 +81,10 @@ def labeling_report(
 def survey_files(surveyor: Surveyor, paths: Sequence[str]) -> Survey:
     """Count files on the cluster."""
 
-    @ray.remote(num_cpus=0.5)
     def survey(paths: Sequence[str]) -> Survey:
         return sum((surveyor.survey(path) for path in paths), Survey())
 
-    num_tasks = min(len(paths), TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 0))))
-    tasks = [survey.remote(paths[task::num_tasks]) for task in range(num_tasks)]
-    return sum((ray.get(task) for task in tasks), Survey())
+    return sum(spread(survey, paths), Survey())
 
 
 def _facts(survey: Survey, plan: Plan) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+from collections import defaultdict
 from collections.abc import Iterable
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -58,11 +60,28 @@ def take_turns(labels: np.ndarray, ranks: np.ndarray, count: int) -> NDArray[np.
     return order[np.lexsort((-ranks[order], turns))][:count]
 
 
+def take_first(picks: Iterable[Pick], count: int) -> list[Pick]:
+    """Choose so many picks, labels taking turns."""
+    ordered = sorted(picks, key=lambda pick: (pick.path, pick.row))
+    labels, ranks = (np.array([pick[place] for pick in ordered]) for place in (1, 2))
+    return [ordered[place] for place in take_turns(labels, ranks, count)]
+
+
 def choose(picks: Iterable[Pick]) -> list[Pick]:
     """Keep as many picks of each kind as are shown, labels taking turns."""
     kept: list[Pick] = []
     for kind, same in groupby(sorted(picks), key=lambda pick: pick.kind):
-        of_kind = list(same)
-        labels, ranks = (np.array([pick[place] for pick in of_kind]) for place in (1, 2))
-        kept += [of_kind[place] for place in take_turns(labels, ranks, COUNTS[kind])]
+        kept += take_first(same, COUNTS[kind])
     return kept
+
+
+def first_turns(picks: Iterable[Pick], count: int) -> list[Pick]:
+    """Leave out picks that are not among the first `count` of their label: these alone can be, of all."""
+    by_label: dict[int, list[Pick]] = defaultdict(list)
+    for pick in picks:
+        by_label[pick.label].append(pick)
+    return [
+        pick
+        for same in by_label.values()
+        for pick in heapq.nsmallest(count, same, key=lambda pick: (-pick.rank, pick.path, pick.row))
+    ]

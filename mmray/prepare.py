@@ -29,7 +29,7 @@ from mmray.config import require_range
 from mmray.errors import DataError, OutputError
 from mmray.images import decode_image
 from mmray.schema import CANONICAL_SCHEMA, Label
-from mmray.storage import Folder
+from mmray.storage import Folder, read_text
 
 PART_BYTES, PART_ROWS = 256 * 2**20, 100_000  # what one task and its file hold at most
 GROUP_BYTES, GROUP_ROWS = 64 * 2**20, 1_000  # what a row group, and so a task in memory, holds at most
@@ -38,7 +38,7 @@ _EXTENSIONS = "jpg|jpeg|png|webp|gif|bmp|tif|tiff|avif"
 _IMAGE = re.compile(rf"\.({_EXTENSIONS})$", re.IGNORECASE)
 _RECORD = re.compile(rf'^([^,"\r\n]+\.(?:{_EXTENSIONS})),', re.IGNORECASE | re.MULTILINE)
 _OUTSIDE = re.compile(r"(^|/)\.\.(/|$)|^/|^[A-Za-z]:|\\|://")  # also by a drive, a Windows separator, a URL
-_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")  # fits int64 and is written the same way again, unlike 007
+INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")  # fits int64 and is written the same way again, unlike 007
 
 
 class Row(NamedTuple):
@@ -73,7 +73,7 @@ def prepare_kaggle(csv_uri: str, images_uri: str, output_uri: str, val_fraction:
         DataError: the CSV has another layout, or names an image outside the folder.
         OutputError: the output holds other Parquet files.
     """
-    rows = kaggle_rows(_read(csv_uri), csv_uri)
+    rows = kaggle_rows(read_text(csv_uri), csv_uri)
     return _prepare(rows, csv_uri, Folder(images_uri), Folder(output_uri), val_fraction)
 
 
@@ -82,7 +82,7 @@ def prepare_coco(
 ) -> Prepared:
     """Prepare COCO's annotations, as `coco_rows` reads them. Raises as `prepare_kaggle` does."""
     source = f"{instances_uri} with {captions_uri}"
-    rows = coco_rows(_read(instances_uri), _read(captions_uri), source)
+    rows = coco_rows(read_text(instances_uri), read_text(captions_uri), source)
     return _prepare(rows, source, Folder(images_uri), Folder(output_uri), val_fraction)
 
 
@@ -90,7 +90,7 @@ def prepare_folder(
     images_uri: str, output_uri: str, csv_uri: str | None = None, val_fraction: float = 0.0
 ) -> Prepared:
     """Prepare the images that a CSV names (see `csv_rows`), or all. Raises as `prepare_kaggle` does."""
-    rows = csv_rows(_read(csv_uri), csv_uri) if csv_uri else None
+    rows = csv_rows(read_text(csv_uri), csv_uri) if csv_uri else None
     return _prepare(rows, csv_uri or images_uri, Folder(images_uri), Folder(output_uri), val_fraction)
 
 
@@ -189,7 +189,7 @@ def _prepare(
     found = (Row(path, path) for path in in_folder) if found is None else found
     rows = [_checked(row, f"{source} record {number}", sizes) for number, row in enumerate(found, 1)]
     labels = Counter(label for row in rows for label in set(row.labels or ()))
-    kind: Callable[[str], Label] = int if all(map(_INTEGER.fullmatch, labels)) else str
+    kind: Callable[[str], Label] = int if all(map(INTEGER.fullmatch, labels)) else str
     folders = defaultdict(list)
     for row in rows:
         # From the image_id alone, so that it is the same in every run and on every machine.
@@ -287,13 +287,3 @@ def _fetch(images: Folder, path: str, size: int | None) -> tuple[bytes | None, s
     except (DataError, FileNotFoundError) as error:  # the latter: gone since it was listed, or a broken link
         return data, f"{path}: {error}"
     return data, f"{path}: no such image" if data is None else None
-
-
-def _read(uri: str) -> str:
-    folder, slash, name = uri.rpartition("/")
-    try:
-        return Folder(folder + slash or ".").read(name).decode("utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"{uri}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{uri}: not UTF-8 at byte {error.start}; save it as UTF-8") from None

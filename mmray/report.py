@@ -11,7 +11,7 @@ from mmray.errors import ConfigError, OutputError
 from mmray.labeling_report import labeling_report
 from mmray.page import Page
 from mmray.plan import PLAN
-from mmray.storage import Folder
+from mmray.storage import Folder, publish_file
 from mmray.training_report import ablation_report, training_report
 
 
@@ -41,12 +41,9 @@ def write_report(
         DataError: the input is not what was labeled.
     """
     run = Folder(run_uri)
-    place, _, name = output_uri.rpartition("/")
-    if not name:
-        raise ConfigError(f"--output {output_uri} names a folder; name the file, such as report.html")
     page = replace(find_page(run, input_uri, model_uri, image_prefixes), made_by=_made_by())
     data = page.html().encode()
-    Folder(place or ".").publish(name, data)
+    publish_file(output_uri, data)
     return len(data)
 
 

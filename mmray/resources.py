@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import ray
 
 from mmray.config import ComputeConfig
 from mmray.errors import ConfigError
+
+TASKS_PER_CPU = 4
+
+Result = TypeVar("Result")
 
 
 class Resources(NamedTuple):
@@ -39,3 +44,10 @@ class Resources(NamedTuple):
     def share(self, num_workers: int) -> float:
         """Give the CPUs that each of some workers may have: none is larger than a node."""
         return min(self.cpus / num_workers, max(self.nodes))
+
+
+def spread(work: Callable[[Sequence[str]], Result], paths: Sequence[str]) -> list[Result]:
+    """Do some work on files in a few tasks, each with its share of them; gives what they return."""
+    num_tasks = min(len(paths), TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 0))))
+    task = ray.remote(num_cpus=0.5)(work)
+    return list(ray.get([task.remote(paths[share::num_tasks]) for share in range(num_tasks)]))

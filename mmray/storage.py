@@ -268,3 +268,30 @@ class Folder:
 def visible(path: str) -> bool:
     """Tell whether a relative path is data: no part of it begins with `_` or `.`, as in Hive and Spark."""
     return not any(part.startswith(("_", ".")) for part in path.split("/"))
+
+
+def publish_file(uri: str, data: bytes) -> None:
+    """Put one file in place at once, of which the whole URI is known.
+
+    Raises:
+        ConfigError: the URI names a folder.
+    """
+    folder, slash, name = uri.rpartition("/")
+    if not name:
+        raise ConfigError(f"{uri} names a folder; name the file to write")
+    Folder(folder + slash or ".").publish(name, data)
+
+
+def read_text(uri: str) -> str:
+    """Read a text file.
+
+    Raises:
+        DataError: there is none, or it is not UTF-8.
+    """
+    folder, slash, name = uri.rpartition("/")
+    try:
+        return Folder(folder + slash or ".").read(name).decode("utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError):
+        raise DataError(f"{uri}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{uri}: not UTF-8 at byte {error.start}; save it as UTF-8") from None

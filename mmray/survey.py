@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +26,7 @@ from mmray.picking import (
     Pick,
     choose,
     doubt,
+    first_turns,
     take_turns,
 )
 from mmray.plan import Plan
@@ -98,18 +101,44 @@ class Surveyor:
         """
         found = Survey()
         columns = ["predicted_labels", "status", "error", *["scores"] * self.scored]
+        for first, rows in self._batches(path, columns):
+            found += self.count(rows, path, first)
+        return found
+
+    def _batches(self, path: str, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
+        """Read a labeled file in a stream; gives tables and the rows that they begin with."""
+        first = 0
         try:
             with self.output.open(path) as source:
                 file = pq.ParquetFile(source)
                 refuse_pickles(file.schema_arrow, f"{self.output}/{path}")
                 for batch in file.iter_batches(columns=columns):
-                    found += self.count(pa.Table.from_batches([batch]), path, found.num_rows)
+                    yield first, pa.Table.from_batches([batch])
+                    first += batch.num_rows
         except (FileNotFoundError, pa.ArrowException) as error:
             brief = " ".join(str(error).split())[:200]
             raise OutputError(
                 f"{self.output}/{path} is gone or damaged ({brief}); verify.py says more"
             ) from None
-        return found
+
+    def uncertain(self, path: str, count: int) -> list[Pick]:
+        """Pick of one file the rows that may be among the `count` least certain of all, labels taking turns.
+
+        Raises:
+            OutputError: it is gone or damaged.
+        """
+        picks: list[Pick] = []
+        for first, rows in self._batches(path, ["scores"]):
+            scores, valid = score_matrix(rows["scores"], len(self.vocabulary))
+            labels = np.abs(scores - self.thresholds).argmin(axis=1)
+            numbers = zip(labels.tolist(), doubt(scores).tolist(), itertools.count(first))
+            found = (
+                Pick(UNCERTAIN, label, rank, path, row)
+                for (label, rank, row), sound in zip(numbers, valid, strict=False)
+                if sound
+            )
+            picks = first_turns([*picks, *found], count)
+        return picks
 
     def count(self, rows: pa.Table, path: str, first: int) -> Survey:
         """Count some rows of a file, from row `first` on."""

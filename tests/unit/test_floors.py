@@ -44,7 +44,7 @@ FLOORS = [
         ),
         *("bundle", "planning"),
         *("selection", "labeler", "isolation", "tables", "learner", "validation", "card", "cli"),
-        *("charts", "page", "picking", "survey"),
+        *("charts", "page", "picking", "survey", "label_studio", "onnx_export"),
     ],
     # 2: on Ray Data and Ray Train
     [
@@ -61,8 +61,9 @@ FLOORS = [
     ],
     # 3: one module for each further job
     [
-        *("prepare", "evaluate", "deciding", "self_train", "ablate"),
-        *("gallery", "labeling_report", "training_report", "report", "demo", "export", "bench"),
+        *("prepare", "pairing", "evaluate", "deciding", "self_train", "ablate"),
+        *("looks", "gallery", "labeling_report", "training_report", "report", "answers", "export"),
+        *("demo", "bench"),
     ],
 ]
 ORDER = [module for floor in FLOORS for module in floor]
