@@ -32,7 +32,6 @@ from mmray.config import (
 )
 from mmray.datasets import Rows
 from mmray.errors import ConfigError, OutputError
-from mmray.evaluate import evaluate_model
 from mmray.progress import Progress
 from mmray.self_train import self_train
 from mmray.storage import Folder
@@ -139,10 +138,9 @@ def run(experiment: Experiment, places: Places, folder: Folder) -> dict[str, Any
     whole = {name: metrics[name] for name in METRICS}
     result = {name: whole | found for name, found in metrics["by_decision"].items()}
     result["uncalibrated"] = whole | {"ece": metrics["ece_uncalibrated"]}
-    if experiment.model.fusion not in ("image", "text"):
-        for hidden in ("image", "caption"):
-            seen = evaluate_model(val_uri, bundle_uri, columns, compute=compute, hidden=hidden)
-            result[f"no {hidden}"] = {name: seen[name] for name in METRICS}
+    for modality, hidden in (("caption", "image"), ("image", "caption")):
+        if alone := metrics["by_modality"].get(modality):
+            result[f"no {hidden}"] = {name: alone[name] for name in METRICS}
     result["seconds"] = time.monotonic() - started
     folder.publish_json("result.json", result)
     return result

@@ -1,11 +1,20 @@
-"""The model card: what a bundle is, how good it is, and how to use it, for people."""
+"""The model card: what a bundle is, how good it is, what it is not for, and how to use it, for people."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 from mmray.config import ModelConfig
+
+LIMITS = """\
+- It knows these labels alone. A row that has none of them is given its top one, where the rule falls back.
+- It was measured on rows like those that trained it. On others measure it first: `jobs/evaluate.py` on rows whose
+  labels are known, `jobs/report.py` for how its labels are spread and which rows to look at.
+- Its labels say what a picture and its caption are likely to show. They are no ground to decide about people:
+  not to identify or rate them, not for surveillance, credit, employment, law or medicine.
+- It learned from captions that people wrote, and repeats what these leave out or assume."""
 
 
 def model_card(model: ModelConfig, metrics: dict[str, Any]) -> str:
@@ -15,30 +24,49 @@ def model_card(model: ModelConfig, metrics: dict[str, Any]) -> str:
         model: what the model is made of.
         metrics: what a bundle's `metrics.json` holds.
     """
-    single = metrics["by_decision"]["single"]["sample_f1"]
-    lines = [
+    training = metrics["training"]
+    by_decision = metrics["by_decision"]
+    parts = [
         "# Model card",
-        "",
         f"Labels images with captions: {len(metrics['by_label'])} labels, several a row. Made by mmray "
         f"{version('mmray')}.",
-        "",
-        f"- Image tower {model.vision} at {model.image_size} px, caption tower {model.text}, "
-        f"fusion {model.fusion}.",
-        f"- Trained on {metrics['training']['num_rows']:,} rows; epoch {metrics['epoch']} was the best.",
-        f"- On {metrics['num_rows']:,} validation rows: sample F1 {metrics['sample_f1']:.3f}, "
-        f"mAP {metrics['map']:.3f}, macro F1 {metrics['macro_f1']:.3f}. These rows chose the thresholds, "
-        f"one a label; at a single one sample F1 is {single:.3f}.",
-        f"- Expected calibration error {metrics['ece']:.4f}, before calibration on these rows "
+        f"- Image tower {model.vision} at {model.image_size} px, caption tower {model.text}, fusion "
+        f"{model.fusion}.\n"
+        f"- Trained on {training['num_rows']:,} rows, {training['num_labeled']:,} of them with labels of their "
+        f"own; epoch {metrics['epoch']} of {len(metrics['history'])} was the best.",
+        "## How good it is",
+        f"On {metrics['num_rows']:,} validation rows, which also chose epoch, calibration and thresholds. "
+        f"Thresholds are one a label; at a single one sample F1 is {by_decision['single']['sample_f1']:.3f}. "
+        f"Expected calibration error {metrics['ece']:.4f}, before calibration "
         f"{metrics['ece_uncalibrated']:.4f}.",
-        "",
-        "| label | precision | recall | F1 | AP | rows |",
-        "|---|---|---|---|---|---|",
+        _by_modality(metrics),
+        _by_label(metrics),
+        "## What it is not for",
+        LIMITS,
+        "## Label with it",
+        "    python jobs/label.py --input DATA --model THIS_FOLDER --output LABELED",
     ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _by_modality(metrics: dict[str, Any]) -> str:
+    """Show what the model makes of rows that have image and caption, and of either alone."""
+    seen = {"image and caption": metrics} if metrics["by_modality"] else {"all": metrics}
+    seen |= {f"the {modality} alone": found for modality, found in metrics["by_modality"].items()}
+    names = ("sample_f1", "map", "macro_f1")
+    rows = [(name, *(f"{found[metric]:.3f}" for metric in names)) for name, found in seen.items()]
+    return _table(("of", "sample F1", "mAP", "macro F1"), rows)
+
+
+def _by_label(metrics: dict[str, Any]) -> str:
+    trained, rows = metrics["training"]["by_label"], []
     for label, entry in metrics["by_label"].items():
-        average = "" if entry["ap"] is None else f"{entry['ap']:.3f}"
-        lines.append(
-            f"| {label} | {entry['precision']:.3f} | {entry['recall']:.3f} | {entry['f1']:.3f} | {average} "
-            f"| {entry['support']} |"
-        )
-    use = "python jobs/label.py --input DATA --model THIS_FOLDER --output LABELED"
-    return "\n".join([*lines, "", "Label with it:", "", f"    {use}", ""])
+        quality = (entry[name] for name in ("precision", "recall", "f1", "ap"))
+        shown = ("" if value is None else f"{value:.3f}" for value in quality)
+        rows.append((label, *shown, f"{entry['support']:,}", f"{trained[label]:,}"))
+    return _table(("label", "precision", "recall", "F1", "AP", "validation rows", "training rows"), rows)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

@@ -116,12 +116,12 @@ class Learner:
         return self.peak_rate * (1 + math.cos(math.pi * min(1.0, share))) / 2
 
     @torch.inference_mode()
-    def logits(self, inputs: Inputs) -> np.ndarray:
-        """Give the logits of B rows with the averaged weights: float32 (B, L)."""
+    def readings(self, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+        """Give what the averaged weights make of B rows, as `MultimodalModel.readings` does, in float32."""
         model = self.averaged.eval()
         with self.autocast():
-            logits = model(inputs)
-        return logits.float().cpu().numpy()
+            logits, alone = model.readings(inputs)
+        return logits.float().cpu().numpy(), alone.float().cpu().numpy()
 
     def autocast(self) -> Any:
         """Compute in bf16 on a GPU, in float32 elsewhere."""

@@ -159,6 +159,20 @@ class MultimodalModel(nn.Module):
             return self.head(masked_mean(caption, inputs.attention_mask))
         return self.head(self.image(inputs.pixels), caption, inputs)
 
+    def readings(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Turn a batch into logits (B, L), and those of the image and of the caption alone (B, 2, L).
+
+        Each tower runs once. A model of one modality has nothing to leave out: (B, 0, L).
+        """
+        if self.image is None or self.caption is None:
+            logits: Tensor = self(inputs)
+            return logits, logits.new_zeros(len(logits), 0, logits.shape[1])
+        image, caption = self.image(inputs.pixels), self.caption(inputs.input_ids, inputs.attention_mask)
+        none = torch.zeros_like(inputs.has_image)
+        views = (inputs, inputs._replace(has_caption=none), inputs._replace(has_image=none))
+        both, *alone = (self.head(image, caption, view) for view in views)
+        return both, torch.stack(alone, 1)
+
     def num_bytes(self) -> dict[str, int]:
         """Give the size of each part in bytes."""
         return {

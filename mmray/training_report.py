@@ -42,6 +42,8 @@ def training_report(folder: Folder) -> Page:
     if rounds is not None:
         sections.append(by_round(rounds))
         run = folder / f"{ROUNDS}/{rounds['best']}/bundle"
+    if metrics.get("by_modality"):
+        sections.append(by_modality(metrics))
     sections.append(by_label(metrics, bundle, names))
     validation = read_validation(run)
     if validation is not None:
@@ -114,6 +116,15 @@ def by_round(report: dict[str, Any]) -> Section:
         "Round 0 is the first teacher; each teaches the next one.",
         [Table(("round", "rows joined", *METRICS.values()), rows)],
     )
+
+
+def by_modality(metrics: dict[str, Any]) -> Section:
+    """Show what image and caption say, each alone."""
+    seen = {"image and caption": metrics} | {
+        f"the {modality} alone": found for modality, found in metrics["by_modality"].items()
+    }
+    rows = [[name, *(f"{found[metric]:.4f}" for metric in METRICS)] for name, found in seen.items()]
+    return Section("Modalities", tables=[Table(("of", *METRICS.values()), rows)])
 
 
 def by_label(metrics: dict[str, Any], bundle: Bundle, names: Sequence[str]) -> Section:

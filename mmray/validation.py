@@ -30,6 +30,10 @@ class Validation(NamedTuple):
     """bool (B, L)."""
     valid: np.ndarray
     """bool (B,); other rows could not be labeled, and count as rows without a label."""
+    alone: np.ndarray
+    """float32 (B, 2, L), logits of image and caption alone; (B, 0, L) of a model of one modality."""
+    there: np.ndarray
+    """bool (B, 2), whether a row has an image, and a caption."""
 
     @classmethod
     def of(cls, learner: Learner, batches: Batches, num_labels: int) -> Validation:
@@ -39,10 +43,13 @@ class Validation(NamedTuple):
             for buffer in learner.averaged.buffers():
                 torch.distributed.broadcast(buffer, 0)
         nothing = np.zeros((0, num_labels), np.float32)
-        parts = [(nothing, nothing.astype(bool), np.zeros(0, bool))]
+        fused = learner.model.image is not None and learner.model.caption is not None
+        none = np.zeros((0, 2 * fused, num_labels), np.float32)
+        parts = [(nothing, nothing.astype(bool), np.zeros(0, bool), none, np.zeros((0, 2), bool))]
         for batch in batches:
-            logits = learner.logits(inputs_of(batch, learner.device))
-            parts.append((logits, batch["targets"].numpy() > 0.5, batch["valid"].numpy()))
+            logits, alone = learner.readings(inputs_of(batch, learner.device))
+            there = np.stack([batch["has_image"].numpy(), batch["has_caption"].numpy()], 1)
+            parts.append((logits, batch["targets"].numpy() > 0.5, batch["valid"].numpy(), alone, there))
         return cls(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
     def measure(self, vocabulary: Vocabulary, device: torch.device) -> dict[str, Any]:
@@ -107,6 +114,11 @@ class Validation(NamedTuple):
         found = {"0.5": measure(scores, half), "single": measure(scores, single), "per-label": metrics}
         metrics |= {"by_decision": {name: {key: each[key] for key in brief} for name, each in found.items()}}
         metrics["ece_uncalibrated"] = measure(raw, half)["ece"]
+        metrics["by_modality"] = {}
+        for place, modality in enumerate(("image", "caption")[: self.alone.shape[1]]):
+            alone = self._replace(logits=self.alone[:, place], valid=self.valid & self.there[:, place])
+            seen = calibration.scores(alone.logits) * alone.valid[:, None]
+            metrics["by_modality"][modality] = alone.counts(seen, thresholds).summary(vocabulary.labels)
         return Settled(calibration, thresholds, metrics)
 
 
@@ -117,7 +129,8 @@ class Settled(NamedTuple):
     thresholds: np.ndarray
     """float64 (L,)."""
     metrics: dict[str, Any]
-    """`Counts.summary`; `by_decision` for other thresholds, and `ece_uncalibrated`."""
+    """`Counts.summary`; `by_decision` for other thresholds, `by_modality` for image and caption alone, and
+    `ece_uncalibrated`."""
 
 
 def add_up(tensor: Tensor) -> None:

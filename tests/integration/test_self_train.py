@@ -51,6 +51,10 @@ def test_two_workers_on_uneven_rows_measure_what_one_process_measures(result, pl
     assert alone["num_rows"] == 43
     for name in ("num_rows", "sample_f1", "micro_f1", "macro_f1", "map", "empty_rate", "fallback_rate"):
         assert result.rounds[1]["metrics"][name] == pytest.approx(alone[name], abs=1e-6), name
+    captions = evaluate_model(places[2], student, compute=ComputeConfig(use_gpu=False), hidden="image")
+    by_caption = result.rounds[1]["metrics"]["by_modality"]["caption"]
+    assert by_caption["sample_f1"] == pytest.approx(captions["sample_f1"], abs=1e-6)
+    assert by_caption["map"] == pytest.approx(captions["map"], abs=1e-6)
 
 
 def test_the_best_rounds_bundle_is_the_one_that_stands_in_the_output(result, places):

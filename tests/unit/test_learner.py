@@ -84,7 +84,7 @@ def test_the_loss_of_a_batch_falls_as_it_is_learned(fusion):
     assert np.isfinite(losses).all()
     assert np.mean(losses[-3:]) < 0.5 * np.mean(losses[:3])
     inputs, targets, _ = batch()
-    assert ((learning.logits(inputs) > 0) == targets.numpy().astype(bool)).mean() > 0.9
+    assert ((learning.readings(inputs)[0] > 0) == targets.numpy().astype(bool)).mean() > 0.9
 
 
 def rates(learning, num_steps):
@@ -180,7 +180,7 @@ def test_logits_are_those_of_the_averaged_weights():
     with torch.inference_mode():
         averaged = learning.averaged.eval()(inputs).numpy()
         latest = learning.model.eval()(inputs).numpy()
-    logits = learning.logits(inputs)
+    logits, _ = learning.readings(inputs)
     assert logits.dtype == np.float32 and np.allclose(logits, averaged, atol=1e-6)
     assert not np.allclose(logits, latest, atol=1e-6)
 

@@ -19,7 +19,9 @@ def draw(num_rows=900, num_invalid=9):
     targets = generator.random((num_rows, 3)) < [0.5, 0.2, 0.1]
     logits = generator.normal(np.where(targets, 1.0, -1.0), 1.0) * 4 + [0.0, 2.0, -3.0]
     valid = np.arange(num_rows) >= num_invalid
-    return Validation(logits.astype(np.float32), targets, valid)
+    alone = np.stack([logits / 2 + generator.normal(0, 2, logits.shape), logits * 0.9], 1)
+    there = generator.random((num_rows, 2)) < 0.9
+    return Validation(logits.astype(np.float32), targets, valid, alone.astype(np.float32), there)
 
 
 def test_rows_that_could_not_be_labeled_count_as_rows_without_labels():
@@ -54,11 +56,32 @@ def test_settling_calibrates_and_never_lowers_sample_f1():
     assert by_decision["single"]["sample_f1"] >= by_decision["0.5"]["sample_f1"]
 
 
-def test_it_stands_in_a_checkpoint_as_it_was(tmp_path):
-    drawn = draw(50)
+def test_each_modality_is_measured_alone_by_the_same_rule():
+    drawn = draw()
+    calibration, thresholds, metrics = drawn.settle(LABELS)
+    assert list(metrics["by_modality"]) == ["image", "caption"]
+    for place, found in enumerate(metrics["by_modality"].values()):
+        valid = drawn.valid & drawn.there[:, place]
+        scores = calibration.scores(drawn.alone[:, place]) * valid[:, None]
+        decided, fell_back = decide(scores, thresholds)
+        expected = Counts.of(scores, drawn.targets, decided & valid[:, None], fell_back & valid)
+        assert found == expected.summary(LABELS.labels)
+    assert metrics["by_modality"]["image"]["map"] < metrics["map"]
+
+
+def of_one_modality(drawn):
+    return drawn._replace(alone=drawn.alone[:, :0])
+
+
+def test_a_model_of_one_modality_has_none_to_leave_out():
+    assert of_one_modality(draw()).settle(LABELS).metrics["by_modality"] == {}
+
+
+@pytest.mark.parametrize("drawn", [draw(50), of_one_modality(draw(50))])
+def test_it_stands_in_a_checkpoint_as_it_was(tmp_path, drawn):
     drawn.save(tmp_path)
     for one, other in zip(drawn, Validation.load(tmp_path), strict=True):
-        assert one.dtype == other.dtype
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
         assert np.array_equal(one, other)
 
 
