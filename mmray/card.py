@@ -10,8 +10,8 @@ from mmray.config import ModelConfig
 
 LIMITS = """\
 - It knows these labels alone. A row that has none of them is given its top one, where the rule falls back.
-- It was measured on rows like those that trained it. On others measure it first: `jobs/evaluate.py` on rows whose
-  labels are known, `jobs/report.py` for how its labels are spread and which rows to look at.
+- It was measured on rows like those that trained it. On others measure it first: `jobs/evaluate.py` on rows
+  whose labels are known, `jobs/report.py` for how its labels are spread and which rows to look at.
 - Its labels say what a picture and its caption are likely to show. They are no ground to decide about people:
   not to identify or rate them, not for surveillance, credit, employment, law or medicine.
 - It learned from captions that people wrote, and repeats what these leave out or assume."""
