@@ -32,8 +32,8 @@ def model_card(model: ModelConfig, metrics: dict[str, Any]) -> str:
         f"{version('mmray')}.",
         f"- Image tower {model.vision} at {model.image_size} px, caption tower {model.text}, fusion "
         f"{model.fusion}.\n"
-        f"- Trained on {training['num_rows']:,} rows, {training['num_labeled']:,} of them with labels of their "
-        f"own; epoch {metrics['epoch']} of {len(metrics['history'])} was the best.",
+        f"- Trained on {training['num_rows']:,} rows, {training['num_labeled']:,} of them with labels of "
+        f"their own; epoch {metrics['epoch']} of {len(metrics['history'])} was the best.",
         "## How good it is",
         f"On {metrics['num_rows']:,} validation rows, which also chose epoch, calibration and thresholds. "
         f"Thresholds are one a label; at a single one sample F1 is {by_decision['single']['sample_f1']:.3f}. "

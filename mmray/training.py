@@ -3,6 +3,7 @@
 OUTPUT/             the bundle, when training is done
 OUTPUT/_train/      what it started from: see `mmray.start`
 OUTPUT/_train/run/  Ray Train's checkpoints, one an epoch; the best and the latest are kept
+OUTPUT/_train/tensorboard/  the history, for TensorBoard
 OUTPUT/_train/validation.safetensors  what the best one makes of the validation rows
 """
 
@@ -104,7 +105,8 @@ def train_model(
     log.info("model: %s", sizes)
     output.publish_json(RECIPE, recipe)  # what cannot be built has taken no output
     with told(progress, train.epochs) as news:
-        job = TrainJob(model, train, start, sum(part.num_rows for part in parts), workers.num_threads, news)
+        num_rows = sum(part.num_rows for part in parts)
+        job = TrainJob(model, train, start, num_rows, workers.num_threads, output / RUN, news)
         best, latest = fit(job, parts, val, output, workers)
     # A bundle needs no other folder: a backbone that came from one is kept under timm's name for it.
     kept = replace(model, vision=built.image.architecture) if built.image else model

@@ -19,9 +19,11 @@ from torch import Tensor
 from mmray.bundle import tokenizer_of
 from mmray.captions import tokenize
 from mmray.config import ModelConfig, TrainConfig
+from mmray.events import EVENTS, event_file
 from mmray.learner import Batches, Learner, drop_modalities, drop_words, freeze_unused, inputs_of
 from mmray.model import build_model
 from mmray.start import Start
+from mmray.storage import Folder
 from mmray.validation import Validation, add_up
 
 SHUFFLE_BUFFER_BYTES = 256 << 20
@@ -39,6 +41,8 @@ class TrainJob:
     start: Start
     num_rows: int
     num_threads: int
+    run: Folder
+    """Takes the run's events."""
     news: Queue | None
 
 
@@ -90,6 +94,8 @@ def train_worker(config: dict[str, Any]) -> None:
             f"mAP {metrics['map']:.4f}, macro F1 {metrics['macro_f1']:.4f} ({metrics['seconds']:.0f} s)"
             + (" *" if better else "")
         )
+        if rank == 0:
+            job.run.publish(EVENTS, event_file(state["history"]))
         report(learner, state, validation.gathered(), rank)
 
 

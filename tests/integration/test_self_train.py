@@ -109,6 +109,7 @@ def test_the_page_shows_epochs_rounds_and_what_is_confused(result, places):
     page = training_report(Folder(places[3]))
     sections = {section.title: section for section in page.sections}
     metrics = result.rounds[result.best]["metrics"]
+    assert len(list((Folder(places[3]) / "_rounds/1/bundle/_train").list(".mmray"))) == 1
     (epochs,), (rounds,) = sections["Epochs"].tables, sections["Rounds of self-training"].tables
     assert epochs.rows[0][:2] == ["1 (kept)", f"{metrics['loss']:.4f}"]
     assert [row[2] for row in rounds.rows] == [
