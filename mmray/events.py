@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 EVENTS = "tensorboard/events.out.tfevents.0.mmray"
-"""Where a run folder has them: one file, written anew each epoch, so that a run that goes on has one curve."""
+"""Where a run folder has them: one file, written anew each epoch, so that what goes on has one curve."""
 
 
 def event_file(history: Sequence[dict[str, Any]]) -> bytes:
