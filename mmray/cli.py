@@ -23,6 +23,7 @@ from mmray.errors import find_error, redact
 
 EXIT_BAD_RESULT = 1
 EXIT_INTERRUPTED = 3
+VERBOSE = "mmray.verbose"
 
 
 def options(*kinds: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -53,20 +54,32 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Callable[...,
 
 
 def job(name: str) -> Callable[[Callable[..., None]], click.Command]:
-    """Make a function a job: a click command with `--config`, one-line errors and mmray's exit statuses."""
+    """Make a function a job: a click command with `--config`, `--verbose`, one-line errors, exit statuses."""
 
     def decorate(function: Callable[..., None]) -> click.Command:
-        command = click.option(
+        recipe = click.option(
             "--config",
             type=click.Path(exists=True, dir_okay=False),
             is_eager=True,
             expose_value=False,
             callback=_read_recipe,
             help="YAML file that gives any of the options; flags override it.",
-        )(at_edge(function))
+        )
+        verbose = click.option(
+            "--verbose",
+            is_flag=True,
+            expose_value=False,
+            callback=_note_verbose,
+            help="Show what Ray says, too, and where an error comes from.",
+        )
+        command = recipe(verbose(at_edge(function)))
         return click.command(name, context_settings={"max_content_width": 110})(command)
 
     return decorate
+
+
+def _note_verbose(context: click.Context, parameter: click.Parameter, verbose: bool) -> None:
+    context.meta[VERBOSE] = verbose
 
 
 def _read_recipe(context: click.Context, parameter: click.Parameter, path: str | None) -> None:
@@ -123,7 +136,7 @@ def at_edge(function: Callable[..., None]) -> Callable[..., None]:
                 _leave(str(known), known.exit_status)
             logging.getLogger("mmray").debug("the job failed", exc_info=error)
             brief = " ".join(f"{type(error).__name__}: {error}".split())
-            _leave(f"{brief[:600]} (the same command resumes; MMRAY_LOG=debug shows where)", EXIT_INTERRUPTED)
+            _leave(f"{brief[:600]} (the same command resumes; --verbose shows where)", EXIT_INTERRUPTED)
 
     return run
 
@@ -155,7 +168,8 @@ def cluster() -> Iterator[None]:
 
     Without a cluster, the local one ends with the job.
     """
-    quiet = os.environ.get("MMRAY_LOG", "").lower() != "debug"
+    context = click.get_current_context(silent=True)
+    quiet = not (context and context.meta.get(VERBOSE))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")

@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,7 @@ def place(tmp_path, draw_rows, monkeypatch):
     }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(draw_rows(num_rows, num_rows), tmp_path / f"{path}.parquet")
+    shutil.copy(tmp_path / "photos/00000.jpg", tmp_path / "photo.jpg")
     (tmp_path / "jobs").symlink_to(REPOSITORY / "jobs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -74,3 +76,8 @@ def test_every_command_of_the_readme_runs(place):
         main = runpy.run_path(str(REPOSITORY / script))["main"]
         done = CliRunner().invoke(main, [*options, *QUICK.get(Path(script).name, [])])
         assert done.exit_code == 0, f"{script} {shlex.join(options)}: {done.output}"
+    (example,) = re.findall(r"^```python\n(.+?)^```", (REPOSITORY / "README.md").read_text(), re.M | re.S)
+    names = {}
+    exec(example, names)
+    assert names["labeled"].scores.shape == (1, 6)
+    assert names["result"].num_rows == 120

@@ -12,7 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from mmray.cli import at_edge, job, options
+from mmray.cli import VERBOSE, at_edge, job, options
 from mmray.config import option
 from mmray.errors import BudgetError, ConfigError, DataError, MmrayError, find_error
 
@@ -297,6 +297,17 @@ def test_where_no_users_error_is_wrapped_none_is_found_even_in_a_circle():
     error.__cause__ = error.cause
     error.cause.__context__ = error
     assert find_error(error) is None
+
+
+@job("whisper")
+def whisper():
+    """Tell whether to be verbose."""
+    click.echo(click.get_current_context().meta[VERBOSE])
+
+
+@pytest.mark.parametrize(("arguments", "told"), [([], "False"), (["--verbose"], "True")])
+def test_a_job_knows_whether_it_was_told_to_be_verbose(arguments, told):
+    assert CliRunner().invoke(whisper, arguments).output == f"{told}\n"
 
 
 @pytest.mark.parametrize("name", JOBS)
