@@ -1,0 +1,212 @@
+"""What will limit a labeling job, and how long it will take: its stages measured apart, on this cluster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple, TypeVar
+
+import pyarrow as pa
+import ray
+from rich.table import Table
+
+from mmray.bundle import Bundle
+from mmray.columns import text_values
+from mmray.config import Columns, ComputeConfig, LabelConfig, ScoringConfig, make
+from mmray.datasets import Rows
+from mmray.decoding import decode_row
+from mmray.fetch import fetch_images, image_values
+from mmray.parquet import DataFile, Unit, read_units
+from mmray.plan import Shard
+from mmray.resources import Resources
+from mmray.schema import KeptScores
+from mmray.scoring import Pool
+from mmray.shards import Committer
+from mmray.storage import Folder
+
+SAMPLE_ROWS = 1000
+"""Rows that are measured, at least; whole units, of files from all over the input."""
+
+SAMPLE_FILES = 8
+MODEL_REPEATS = 2
+"""The better one counts: first batches are slow."""
+
+Result = TypeVar("Result")
+
+
+class Costs(NamedTuple):
+    """What one row costs one worker, in seconds."""
+
+    read: float
+    decode: float
+    """In one thread."""
+    model: float
+    """In all threads of the worker, or on its GPU."""
+    write: float
+    start: float
+    """Not a row's: until a worker has its model."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """How a labeling job will go."""
+
+    num_rows: int
+    costs: Costs
+    rates: dict[str, float]
+    """Rows a second that the cluster's stages could do, each had it the whole cluster to itself."""
+    rows_per_s: float
+    """That all of them do together."""
+    limit: str
+    """The stage that takes most."""
+
+    @property
+    def seconds(self) -> float:
+        """The whole job, its start included."""
+        return self.costs.start + self.num_rows / self.rows_per_s
+
+
+def forecast(
+    input_uri: str,
+    model_uri: str,
+    columns: Columns | None = None,
+    scoring: ScoringConfig | None = None,
+    compute: ComputeConfig | None = None,
+    scratch_uri: str | None = None,
+) -> Forecast:
+    """Measure reading, decoding, the model and writing on a sample, in a worker as labeling has them.
+
+    Args:
+        input_uri: Parquet rows.
+        model_uri: the bundle.
+        columns: names of the input's columns.
+        scoring: how the model computes.
+        compute: where the work will run.
+        scratch_uri: a folder to write to, such as one beside the output [default: a local one].
+
+    Raises:
+        DataError: the rows are unusable.
+        BundleError: the bundle is incomplete or damaged.
+    """
+    columns, bundle = columns or Columns(), Bundle.load(model_uri)
+    rows = Rows.find(input_uri, columns, needs=("image", "caption"))
+    pool = Pool.on_cluster(compute or ComputeConfig())
+    config = pool.settle_precision(make(LabelConfig, vars(scoring or ScoringConfig())))
+    worker = ray.remote(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus)(measure)
+    task = worker.remote(rows.folder, sample(rows), bundle, columns, config, pool, scratch_uri)
+    return predict(ray.get(task), pool, Resources.of_cluster(), rows.num_rows)
+
+
+def sample(rows: Rows) -> list[tuple[DataFile, Unit]]:
+    """Choose units from files all over the input, in turns, until they hold enough rows."""
+    spread = rows.files[:: -(-len(rows.files) // SAMPLE_FILES)]
+    chosen: list[tuple[DataFile, Unit]] = []
+    for turn in zip_longest(*(file.units for file in spread)):
+        for file, unit in zip(spread, turn, strict=True):
+            if unit and sum(taken[-1] - taken[0] for _, taken in chosen) < SAMPLE_ROWS:
+                chosen.append((file, unit))
+    return chosen
+
+
+def measure(
+    folder: Folder,
+    units: Sequence[tuple[DataFile, Unit]],
+    bundle: Bundle,
+    columns: Columns,
+    config: LabelConfig,
+    pool: Pool,
+    scratch_uri: str | None,
+) -> Costs:
+    """Measure the stages apart, in this process: a worker of the cluster."""
+    import torch
+
+    from mmray.labeler import Labeler
+    from mmray.tables import TableLabeler
+
+    torch.set_num_threads(pool.num_threads)
+    assert config.precision is not None
+    settings: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "precision", "flip")}
+    labeler, start_s = _timed(lambda: Labeler(bundle, num_threads=pool.num_threads, **settings))
+
+    def read() -> list[pa.Table]:
+        found = (read_units(folder, file, [unit], salvage=True) for file, unit in units)
+        return [
+            fetch_images(rows, columns.image, columns.image_prefixes)
+            for shards in found
+            for _, _, rows in shards
+        ]
+
+    tables, read_s = _timed(read)
+    images = [image for table in tables for image in image_values(table[columns.image])]
+    captions = [caption for table in tables for caption in text_values(table[columns.caption])]
+    labeled = TableLabeler(labeler, columns, KeptScores.parse(config.scores))(tables[0])
+    as_model = (bundle.model_config.fusion, bundle.model_config.image_size)
+    decoded, decode_s = _timed(
+        lambda: [decode_row(*row, *as_model) for row in zip(images, captions, strict=True)]
+    )
+    labeler.decode = lambda place, *_: decoded[place]
+    places: list[Any] = list(range(len(images)))
+    model_s = min(_timed(lambda: labeler(places, captions))[1] for _ in range(MODEL_REPEATS))
+    num_rows = len(images)
+    return Costs(
+        read_s / num_rows,
+        decode_s / num_rows,
+        model_s / num_rows,
+        _write(labeled, units[0][0], scratch_uri) / labeled.num_rows,
+        start_s,
+    )
+
+
+def _write(labeled: pa.Table, file: DataFile, scratch_uri: str | None) -> float:
+    """Commit a shard, and take it away again; gives the seconds that the commit took.
+
+    Where files have several shards, each row is written twice: in its piece, and as the piece is joined.
+    """
+    alone = replace(file, path="_bench.parquet", num_rows=labeled.num_rows, units=((0, labeled.num_rows),))
+    with TemporaryDirectory() as local:
+        scratch = Folder(scratch_uri or local)
+        committer = Committer(scratch, "bench")
+        _, seconds = _timed(lambda: committer.commit(Shard(alone.path, 0, alone.num_rows), labeled, alone))
+        scratch.remove(path for path in scratch.list() if "_bench.parquet" in path)
+    return seconds * (2 if len(file.shards) > 1 else 1)
+
+
+def predict(costs: Costs, pool: Pool, there: Resources, num_rows: int) -> Forecast:
+    """Put the costs of the stages together.
+
+    Without GPUs the stages share the CPUs, and their costs add up. With them the model has its GPUs to
+    itself, and the job goes as fast as the slower of the two.
+    """
+    workers = min(pool.maximum, there.gpus if pool.num_gpus else pool.maximum)
+    cpus = there.cpus if pool.num_gpus else min(there.cpus, workers * pool.num_threads)
+    on_cpus = {"read": costs.read, "decode": costs.decode, "write": costs.write}
+    if not pool.num_gpus:
+        on_cpus["model"] = costs.model * pool.num_threads
+    rates = {stage: cpus / cost for stage, cost in on_cpus.items()}
+    rows_per_s = cpus / sum(on_cpus.values())
+    limit = max(on_cpus, key=lambda stage: on_cpus[stage])
+    if pool.num_gpus:
+        rates["model"] = workers / costs.model
+        if rates["model"] < rows_per_s:
+            rows_per_s, limit = rates["model"], "model"
+    return Forecast(num_rows, costs, rates, rows_per_s, limit)
+
+
+def as_table(found: Forecast) -> Table:
+    """Lay a forecast out for people."""
+    table = Table(title=f"{found.num_rows:,} rows: {found.rows_per_s:,.0f} a second")
+    for name in ("stage", "ms a row, one worker", "rows/s, if it had the cluster to itself"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for stage, rate in found.rates.items():
+        mark = " (the limit)" if stage == found.limit else ""
+        table.add_row(f"{stage}{mark}", f"{1000 * getattr(found.costs, stage):.3f}", f"{rate:,.0f}")
+    return table
+
+
+def _timed(work: Callable[[], Result]) -> tuple[Result, float]:
+    started = time.perf_counter()
+    done = work()
+    return done, time.perf_counter() - started
