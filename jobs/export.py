@@ -35,10 +35,11 @@ def onnx(model_uri: str, output_uri: str, decisions: bool) -> None:
     """
     from mmray.bundle import Bundle
     from mmray.onnx_export import to_onnx
-    from mmray.storage import publish_file
+    from mmray.storage import file_place
 
+    place, name = file_place(output_uri)
     data = to_onnx(Bundle.load(model_uri), decide=decisions)
-    publish_file(output_uri, data)
+    place.publish(name, data)
     click.echo(f"{output_uri}: {len(data) / 1e6:.1f} MB")
 
 
@@ -84,7 +85,7 @@ def label_studio(
 @output
 @options(Columns)
 def cleanlab(data_uri: str, predictions_uri: str, output_uri: str, **settings: Any) -> None:
-    """Write pred_probs and targets, which cleanlab finds wrong labels by, as a NumPy archive.
+    """Write scores and true labels, by which cleanlab finds wrong ones, as a NumPy archive.
 
     Example: export.py cleanlab --data rows/ --predictions labeled/ --output rows.npz
     """

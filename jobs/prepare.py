@@ -85,7 +85,8 @@ def label_studio(answers_uri: str, input_uri: str, output_uri: str, **settings: 
     from mmray.answers import prepare_answers
 
     answered = prepare_answers(answers_uri, input_uri, output_uri, make(Columns, settings))
-    show_counts([(answered.num_rows, "rows written"), *by_label(answered.labels)])
+    counts = [(answered.num_rows, "rows written"), (answered.num_without_image, "without an image")]
+    show_counts([*counts, *by_label(answered.labels)])
 
 
 def by_label(labels: dict[Label, int]) -> list[tuple[int, str]]:

@@ -10,23 +10,28 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmray.columns import text_values
-from mmray.config import Columns
+from mmray.columns import require_columns, require_kinds, text_values
+from mmray.config import Columns, fingerprint
 from mmray.errors import DataError, OutputError
 from mmray.fetch import fetch_images, image_values
 from mmray.label_studio import Answer, read_answers
 from mmray.parquet import DataFile, describe_files, find_files, read_units
-from mmray.prepare import INTEGER
 from mmray.schema import CANONICAL_SCHEMA, Label
 from mmray.storage import Folder, read_text
 
 PART_BYTES = 64 << 20
+RECORD = "_prepare/answers.json"
+"""Sums up what the output is made of, so that the same command writes the same files again."""
+
+OTHER_ROWS = "were people asked about other rows?"
 
 
 class Answered(NamedTuple):
     """What was written."""
 
     num_rows: int
+    num_without_image: int
+    """Rows whose image is not there, or could not be fetched."""
     labels: dict[Label, int]
     """Label -> rows that have it, in the order of the labels."""
 
@@ -52,33 +57,68 @@ def prepare_answers(
         answers[answer.file][answer.row] = answer
     if not answers:
         raise DataError(f"{answers_uri}: nobody has answered yet; export the tasks that are done")
+    every = [each for rows in answers.values() for each in rows.values()]
+    if len({each.integers for each in every}) > 1:
+        raise DataError(f"{answers_uri}: answers to two models, of which one has integers as labels")
     folder, files = find_files(input_uri)
     if strange := sorted(answers.keys() - files.keys()):
-        raise DataError(
-            f"{answers_uri}: {strange[0]} is no file of {input_uri}; were other rows asked about?"
-        )
-    if present := list(output.list(".parquet")):
-        raise OutputError(f"{output} holds {present[0]}; choose an empty --output")
-    counts = Counter(label for rows in answers.values() for each in rows.values() for label in each.labels)
-    kind = int if all(map(INTEGER.fullmatch, counts)) else str
+        raise DataError(f"{answers_uri}: {strange[0]} is no file of {input_uri}; {OTHER_ROWS}")
     asked = describe_files(folder, {path: files[path] for path in sorted(answers)}, columns.image)
-    found = (rows for file, _ in asked for rows in _answered(folder, file, answers[file.path], columns, kind))
-    num_rows = sum(_publish(output, part, rows) for part, rows in enumerate(_parts(found)))
-    return Answered(num_rows, {kind(label): counts[label] for label in sorted(counts, key=kind)})
+    for file, schema in asked:
+        _require_asked(folder, file, schema, answers[file.path], columns)
+    _take(output, fingerprint([[file.footer_sha256 for file, _ in asked], [list(each) for each in every]]))
+    found = (
+        rows
+        for file, schema in asked
+        for rows in _answered(folder, file, schema, answers[file.path], columns)
+    )
+    num_rows = num_without = 0
+    for part, rows in enumerate(_parts(found)):
+        _publish(output, part, rows)
+        num_rows, num_without = num_rows + rows.num_rows, num_without + rows["image"].null_count
+    counts = Counter(label for each in every for label in each.labels)
+    return Answered(num_rows, num_without, {label: counts[label] for label in sorted(counts)})
+
+
+def _require_asked(
+    folder: Folder, file: DataFile, schema: pa.Schema, answers: dict[int, Answer], columns: Columns
+) -> None:
+    """Check that a file is the one whose rows people were asked about, and that its columns are usable.
+
+    Raises:
+        DataError: it is not.
+    """
+    where = f"{folder}/{file.path}"
+    needed = {"--image-column": columns.image, "--caption-column": columns.caption}
+    require_columns(schema, needed, where)
+    fetchable = bool(columns.image_prefixes)
+    require_kinds(schema, columns.image, columns.caption, where, fetchable=fetchable)
+    for row, answer in answers.items():
+        if answer.footer_sha256 != file.footer_sha256 or not 0 <= row < file.num_rows:
+            raise DataError(f"{where}: row {row} is not the one of the tasks; {OTHER_ROWS}")
+
+
+def _take(output: Folder, record: str) -> None:
+    """Take an output, or go on with it.
+
+    Raises:
+        OutputError: it holds other files.
+    """
+    if output.read_json(RECORD) != record:
+        if present := list(output.list(".parquet")):
+            raise OutputError(
+                f"{output} holds {present[0]}, which is not of this run; choose another --output"
+            )
+        output.publish_json(RECORD, record)
 
 
 def _answered(
-    folder: Folder, file: DataFile, answers: dict[int, Answer], columns: Columns, kind: type
+    folder: Folder, file: DataFile, schema: pa.Schema, answers: dict[int, Answer], columns: Columns
 ) -> Iterator[pa.Table]:
-    """Read the rows of one file that were answered, as canonical tables.
-
-    Raises:
-        DataError: the file has no such row.
-    """
-    if beyond := [row for row in answers if not 0 <= row < file.num_rows]:
-        raise DataError(f"{folder}/{file.path} has no row {beyond[0]}: the answers are of other rows")
+    """Read the rows of one file that were answered, as canonical tables."""
+    names = [name for name in (columns.image, columns.caption, columns.id) if name in schema.names]
     units = [unit for unit in file.units if any(unit[0] <= row < unit[-1] for row in answers)]
-    for first, end, table in read_units(folder, file, units):
+    for first, end, table in read_units(folder, file, units, names):
         wanted = [row for row in sorted(answers) if first <= row < end]
         if not wanted:
             continue
@@ -86,16 +126,15 @@ def _answered(
         rows = fetch_images(rows, columns.image, columns.image_prefixes)
         images = [image if isinstance(image, bytes) else None for image in image_values(rows[columns.image])]
         ids = [f"{file.path}:{row}" for row in wanted]
-        if columns.id in rows.schema.names:
+        if columns.id in names:
             ids = rows[columns.id].cast(pa.string()).to_pylist()
-        lists = [[kind(label) for label in answers[row].labels] for row in wanted]
-        labels = pa.array(lists, pa.list_(pa.int64() if kind is int else pa.string()))
-        values = (ids, images, text_values(rows[columns.caption]))
-        canonical = pa.Table.from_arrays(
-            [pa.array(value, field.type) for value, field in zip(values, CANONICAL_SCHEMA, strict=True)],
-            schema=CANONICAL_SCHEMA,
+        kind = pa.int64() if answers[wanted[0]].integers else pa.string()
+        values = (ids, images, text_values(rows[columns.caption]), [answers[row].labels for row in wanted])
+        schema_with_labels = CANONICAL_SCHEMA.append(pa.field("labels", pa.list_(kind)))
+        yield pa.Table.from_arrays(
+            [pa.array(value, field.type) for value, field in zip(values, schema_with_labels, strict=True)],
+            schema=schema_with_labels,
         )
-        yield canonical.append_column("labels", labels)
 
 
 def _parts(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -110,8 +149,7 @@ def _parts(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         yield pa.concat_tables(held)
 
 
-def _publish(output: Folder, part: int, rows: pa.Table) -> int:
+def _publish(output: Folder, part: int, rows: pa.Table) -> None:
     file = io.BytesIO()
     pq.write_table(rows, file, compression="zstd", use_dictionary=False)
     output.publish(f"part-{part:05}.parquet", file.getvalue())
-    return rows.num_rows

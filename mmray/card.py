@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from importlib.metadata import version
 from typing import Any
 
@@ -32,8 +33,9 @@ def model_card(model: ModelConfig, metrics: dict[str, Any]) -> str:
         f"{version('mmray')}.",
         f"- Image tower {model.vision} at {model.image_size} px, caption tower {model.text}, fusion "
         f"{model.fusion}.\n"
-        f"- Trained on {training['num_rows']:,} rows, {training['num_labeled']:,} of them with labels of "
-        f"their own; epoch {metrics['epoch']} of {len(metrics['history'])} was the best.",
+        f"- Trained on {training['num_rows']:,} rows of {' and '.join(training['datasets'])}, "
+        f"{training['num_labeled']:,} of them with labels of their own; epoch {metrics['epoch']} of "
+        f"{len(metrics['history'])} was the best.",
         "## How good it is",
         f"On {metrics['num_rows']:,} validation rows, which also chose epoch, calibration and thresholds. "
         f"Thresholds are one a label; at a single one sample F1 is {by_decision['single']['sample_f1']:.3f}. "
@@ -69,4 +71,9 @@ def _by_label(metrics: dict[str, Any]) -> str:
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Write text, such as a label, so that a table cannot take it for anything else."""
+    return " ".join(escape(text, quote=False).replace("|", "\\|").split())

@@ -122,6 +122,7 @@ def at_edge(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
+        set_up_logging()
         try:
             _check_stores(kwargs)
             function(*args, **kwargs)
@@ -132,9 +133,9 @@ def at_edge(function: Callable[..., None]) -> Callable[..., None]:
         except click.ClickException:
             raise
         except Exception as error:
+            logging.getLogger("mmray").debug("the job failed", exc_info=error)
             if known := find_error(error):
                 _leave(str(known), known.exit_status)
-            logging.getLogger("mmray").debug("the job failed", exc_info=error)
             brief = " ".join(f"{type(error).__name__}: {error}".split())
             _leave(f"{brief[:600]} (the same command resumes; --verbose shows where)", EXIT_INTERRUPTED)
 
@@ -162,14 +163,28 @@ class _RedactingFormatter(logging.Formatter):
         return redact(super().format(record))
 
 
+def is_verbose() -> bool:
+    """Tell whether the job was told to be verbose."""
+    context = click.get_current_context(silent=True)
+    return bool(context and context.meta.get(VERBOSE))
+
+
+def set_up_logging() -> None:
+    """Write this package's log to stderr, without credentials; all of it if the job is to be verbose."""
+    # Never DEBUG for all: botocore would log the requests that it signs, session tokens and all.
+    handler = logging.StreamHandler()
+    handler.setFormatter(_RedactingFormatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("mmray").setLevel(logging.DEBUG if is_verbose() else logging.INFO)
+
+
 @contextmanager
 def cluster() -> Iterator[None]:
     """Join the Ray cluster that the environment names, or start one on this machine; quiet either way.
 
     Without a cluster, the local one ends with the job.
     """
-    context = click.get_current_context(silent=True)
-    quiet = not (context and context.meta.get(VERBOSE))
+    quiet = not is_verbose()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
@@ -179,12 +194,6 @@ def cluster() -> Iterator[None]:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if quiet:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # Never DEBUG for all: botocore would log the requests that it signs, session tokens and all.
-    handler = logging.StreamHandler()
-    handler.setFormatter(_RedactingFormatter("%(name)s: %(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("mmray").setLevel(logging.INFO if quiet else logging.DEBUG)
-
     import ray
     import ray.data
 

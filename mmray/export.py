@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -14,18 +15,21 @@ from mmray.config import Columns, require_range
 from mmray.errors import ConfigError
 from mmray.label_studio import Question, form, tasks
 from mmray.looks import Reader
-from mmray.pairing import Pairs
+from mmray.pairing import Pair, Pairs
 from mmray.parquet import find_files
-from mmray.picking import Pick, take_first
+from mmray.picking import Pick, first_turns, take_first
 from mmray.plan import Plan
 from mmray.resources import spread
 from mmray.retry import Earlier
-from mmray.schema import KeptScores, Vocabulary, score_matrix
-from mmray.storage import Folder, publish_file
+from mmray.schema import KeptScores, Vocabulary, output_name, score_matrix
+from mmray.storage import Folder, file_place
 from mmray.survey import Surveyor
 
 QUESTION_PX = 640
 """Longer side of the images that people see."""
+
+MOST_QUESTIONS, MOST_PICKS = 10_000, 1_000_000
+"""In one file: of questions with their images, and of rows."""
 
 
 def export_uncertain(predictions_uri: str, output_uri: str, count: int) -> int:
@@ -47,25 +51,27 @@ def export_uncertain(predictions_uri: str, output_uri: str, count: int) -> int:
         ConfigError: they lack scores.
     """
     output, plan = _finished(predictions_uri)
-    looks = Reader(output, plan, None).read_all(least_certain(output, plan, count))
+    place, name = file_place(output_uri, outside=output)
+    picks = least_certain(output, plan, count)
+    looks = Reader(output, plan.settings, None).read_all(plan.files, picks)
     vocabulary = Vocabulary(tuple(plan.settings["labels"]))
-    decided, scores = (np.array([getattr(look, name) for look in looks]) for name in ("decided", "scores"))
-    everything = np.ones(len(looks), bool)
-    shape = (len(looks), len(vocabulary))
+    shape, everything = (len(looks), len(vocabulary)), np.ones(len(looks), bool)
+    decided = np.array([look.decided for look in looks], bool).reshape(shape)
+    scores = np.array([look.scores for look in looks], np.float32).reshape(shape)
     table = pa.table(
         {
-            "file": [look.pick.path for look in looks],
+            "file": pa.array([look.pick.path for look in looks], pa.string()),
             "row": pa.array([look.pick.row for look in looks], pa.int64()),
             "doubt": pa.array([look.pick.rank for look in looks], pa.float64()),
             "caption": pa.array([look.caption for look in looks], pa.string()),
-            "status": [look.status for look in looks],
-            "predicted_labels": vocabulary.decode(decided.reshape(shape), everything),
-            "scores": KeptScores().array(scores.reshape(shape), everything, vocabulary),
+            "status": pa.array([look.status for look in looks], pa.string()),
+            "predicted_labels": vocabulary.decode(decided, everything),
+            "scores": KeptScores().array(scores, everything, vocabulary),
         }
     )
     file = io.BytesIO()
     pq.write_table(table, file)
-    publish_file(output_uri, file.getvalue())
+    place.publish(name, file.getvalue())
     return table.num_rows
 
 
@@ -94,22 +100,25 @@ def export_label_studio(
         DataError: the input is not what was labeled.
     """
     output, plan = _finished(predictions_uri)
+    place, name = file_place(output_uri, outside=output)
+    require_range("--count", count, 1, MOST_QUESTIONS)
     source, files = find_files(input_uri)
     plan.compare_input(files)
-    reader = Reader(output, plan, source, image_prefixes, thumbnail_px=QUESTION_PX)
-    looks = reader.read_all(least_certain(output, plan, count))
-    labels, model = reader.vocabulary.labels, plan.settings["bundle"]
+    reader = Reader(output, plan.settings, source, image_prefixes, thumbnail_px=QUESTION_PX)
+    looks = reader.read_all(plan.files, least_certain(output, plan, count))
+    labels, footers = reader.vocabulary.labels, {file.path: file.footer_sha256 for file in plan.files}
     questions = [
         Question(
-            *(look.pick.path, look.pick.row, look.caption or "", look.thumbnail),
+            *(look.pick.path, footers[look.pick.path], look.pick.row, look.caption or "", look.thumbnail),
             [labels[place] for place in np.flatnonzero(look.decided)],
+            isinstance(labels[0], int),
             1 - look.pick.rank,
-            model,
+            plan.settings["bundle"],
         )
         for look in looks
     ]
-    publish_file(output_uri, tasks(questions).encode())
-    publish_file(f"{output_uri}.config.xml", form(labels).encode())
+    place.publish(f"{name}.config.xml", form(labels).encode())
+    place.publish(name, tasks(questions).encode())
     return len(questions)
 
 
@@ -120,12 +129,15 @@ def least_certain(output: Folder, plan: Plan, count: int) -> list[Pick]:
         ConfigError: the output lacks scores.
         OutputError: a file is gone or damaged.
     """
-    require_range("--count", count, 1, 10_000_000)
+    require_range("--count", count, 1, MOST_PICKS)
     _require_scores(output, plan)
     surveyor = Surveyor.of(output, plan)
 
     def pick(paths: Sequence[str]) -> list[Pick]:
-        return [pick for path in paths for pick in surveyor.uncertain(path, count)]
+        picks: list[Pick] = []
+        for path in paths:
+            picks = first_turns([*picks, *surveyor.uncertain(path, count)], count)
+        return picks
 
     found = spread(pick, [file.path for file in plan.files if file.num_rows])
     return take_first((pick for picks in found for pick in picks), count)
@@ -134,10 +146,11 @@ def least_certain(output: Folder, plan: Plan, count: int) -> list[Pick]:
 def export_cleanlab(
     data_uri: str, predictions_uri: str, output_uri: str, columns: Columns | None = None
 ) -> int:
-    """Write the pair that cleanlab asks for, as a NumPy archive.
+    """Write what cleanlab makes its arguments of, as a NumPy archive.
 
-    It holds `pred_probs`: float32 (N, L), `targets`: uint8 (N, L), and `labels`: (L,) of their own type. Rows
-    that failed are left out. Predictions should be of a model that did not see these rows.
+    It holds `pred_probs`: float32 (N, L), `targets`: uint8 (N, L), and `vocabulary`: (L,) of the labels' own
+    type; and of each row `file` and `row`, or its `id` where rows were joined by it. Failed rows are left
+    out. Predictions should be of a model that did not see these rows.
 
     Args:
         data_uri: Parquet rows with labels.
@@ -154,20 +167,38 @@ def export_cleanlab(
         DataError: the rows are unusable, bear labels that the model does not know, or cannot be joined.
     """
     pairs = Pairs.find(data_uri, predictions_uri, columns or Columns())
+    place, name = file_place(output_uri, outside=pairs.predictions)
     _require_scores(pairs.predictions, pairs.plan)
+    vocabulary = pairs.vocabulary
 
-    def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        found = map(pairs.of_file, pairs.files) if pairs.by_position else [pairs.joined()]
-        for truth, labeled in found:
-            scores, valid = score_matrix(labeled["scores"], len(pairs.vocabulary))
-            yield scores[valid], pairs.vocabulary.encode(truth)[valid]
+    def arrays_of(pair: Pair, ids: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        truth, labeled = pair
+        scores, valid = score_matrix(labeled["scores"], len(vocabulary))
+        found = {"pred_probs": scores, "targets": vocabulary.encode(truth), **ids}
+        return {name: array[valid] for name, array in found.items()}
 
-    scores, targets = (np.concatenate(arrays) for arrays in zip(*parts(), strict=True))
+    def read(paths: Sequence[str]) -> list[tuple[str, dict[str, np.ndarray]]]:
+        files = {file.path: file for file in pairs.files}
+        rows = {path: np.arange(files[path].num_rows) for path in paths}
+        return [
+            (path, arrays_of(pairs.of_file(files[path]), {"file": np.full(len(row), path), "row": row}))
+            for path, row in rows.items()
+        ]
+
+    if pairs.by_position:
+        shares = spread(read, [file.path for file in pairs.files])
+        parts = [
+            arrays for _, arrays in sorted((part for share in shares for part in share), key=itemgetter(0))
+        ]
+    else:
+        truth, labeled = pairs.joined()
+        ids = np.array(labeled[output_name(pairs.rows.columns.id)].cast(pa.string()).to_pylist(), str)
+        parts = [arrays_of((truth, labeled), {"id": ids})]
+    archive: dict[str, Any] = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     file = io.BytesIO()
-    arrays: dict[str, Any] = {"pred_probs": scores, "targets": targets}
-    np.savez_compressed(file, **arrays, labels=np.array(pairs.vocabulary.labels))
-    publish_file(output_uri, file.getvalue())
-    return len(scores)
+    np.savez_compressed(file, vocabulary=np.array(vocabulary.labels), **archive)
+    place.publish(name, file.getvalue())
+    return len(archive["targets"])
 
 
 def _finished(predictions_uri: str) -> tuple[Folder, Plan]:

@@ -9,11 +9,8 @@ import numpy as np
 from mmray.bundle import Bundle
 from mmray.looks import Look
 from mmray.page import Card, Score
-from mmray.picking import COUNTS
+from mmray.picking import COUNTS, SHOWN
 from mmray.schema import Status, Vocabulary
-
-SHOWN = 48
-"""Rows of a kind."""
 
 SHOWN_SCORES = 5
 MAX_CAPTION = 300
@@ -33,7 +30,8 @@ def card(look: Look, vocabulary: Vocabulary, kind: str = "", remark: str = "") -
     """Make a card of a row."""
     pick, shown = look.pick, np.argsort(-look.scores, kind="stable")[:SHOWN_SCORES]
     names = [str(label) for label in vocabulary.labels]
-    if not look.scores.any():  # none were kept: the labels alone
+    scores = dict(enumerate(look.scores.tolist()))
+    if not scores:  # of all labels none were kept
         shown = np.flatnonzero(look.decided)
     return Card(
         kind or pick.kind,
@@ -41,7 +39,7 @@ def card(look: Look, vocabulary: Vocabulary, kind: str = "", remark: str = "") -
         (look.caption or "")[:MAX_CAPTION],
         look.status,
         look.error or "",
-        [Score(names[label], float(look.scores[label]), bool(look.decided[label])) for label in shown],
+        [Score(names[label], scores.get(label), bool(look.decided[label])) for label in shown],
         np.flatnonzero(look.decided).tolist(),
         look.thumbnail,
         remark,
@@ -49,7 +47,7 @@ def card(look: Look, vocabulary: Vocabulary, kind: str = "", remark: str = "") -
 
 
 def disagreeing(looks: Sequence[Look], bundle: Bundle) -> list[Card]:
-    """Make cards of rows whose image and whose caption, each seen alone, say most different things."""
+    """Make cards of rows of which image and caption, each seen alone, decide a label differently."""
     from mmray.labeler import Labeler
 
     both = [look for look in looks if look.square and look.status == Status.OK]
@@ -58,9 +56,12 @@ def disagreeing(looks: Sequence[Look], bundle: Bundle) -> list[Card]:
     labeler, nothing = Labeler(bundle), [None] * len(both)
     by_image = labeler([look.square for look in both], nothing).scores
     by_caption = labeler(nothing, [look.caption for look in both]).scores
-    gap = np.abs(by_image - by_caption)
+    differ = (by_image >= bundle.thresholds) != (by_caption >= bundle.thresholds)
+    gap = np.abs(by_image - by_caption) * differ
     found = []
     for place in np.argsort(-gap.max(axis=1), kind="stable")[:SHOWN]:
+        if not differ[place].any():
+            break
         label = int(gap[place].argmax())
         remark = (
             f"{bundle.vocabulary.labels[label]}: {by_image[place, label]:.2f} by the image alone, "

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 from xml.sax.saxutils import quoteattr
 
-from mmray.errors import DataError
+from mmray.errors import ConfigError, DataError
 from mmray.schema import Label
 
 FIELD = "labels"
@@ -19,12 +19,16 @@ class Question(NamedTuple):
     """A row that people are asked about."""
 
     file: str
+    footer_sha256: str
+    """Of the file: rows of another one of this name are other rows."""
     row: int
     caption: str
     image: bytes | None
     """JPEG."""
     labels: Sequence[Label]
     """What the model decided."""
+    integers: bool
+    """Whether the model's labels are integers."""
     certainty: float
     """0 to 1."""
     model: str
@@ -34,12 +38,24 @@ class Answer(NamedTuple):
     """What people say of a row."""
 
     file: str
+    footer_sha256: str
     row: int
-    labels: tuple[str, ...]
+    labels: tuple[Label, ...]
+    """Sorted."""
+    integers: bool
+    """Whether the model's labels are integers."""
 
 
 def form(labels: Iterable[Label]) -> str:
-    """Write the labeling interface: the image, the caption, and a choice of any number of labels."""
+    """Write the labeling interface: the image, the caption, and a choice of any number of labels.
+
+    Raises:
+        ConfigError: XML cannot hold a label.
+    """
+    labels = list(labels)
+    for label in labels:
+        if not str(label).isprintable():
+            raise ConfigError(f"label {label!r} holds what cannot be shown as a choice; rename it")
     choices = "".join(f"    <Choice value={quoteattr(str(label))}/>\n" for label in labels)
     return (
         '<View>\n  <Image name="image" value="$image"/>\n  <Text name="caption" value="$caption"/>\n'
@@ -68,7 +84,9 @@ def _task(question: Question) -> dict[str, Any]:
             "image": image,
             "caption": question.caption,
             "file": question.file,
+            "footer_sha256": question.footer_sha256,
             "row": question.row,
+            "integers": question.integers,
         },
         "predictions": [
             {
@@ -99,18 +117,24 @@ def read_answers(text: str, source: str) -> list[Answer]:
         try:
             given = [each for each in task["annotations"] if not each.get("was_cancelled")]
             if given:
-                latest = max(given, key=lambda each: each.get("updated_at") or "")
-                chosen = [
-                    str(label)
-                    for result in latest["result"]
-                    if result["from_name"] == FIELD
-                    for label in result["value"]["choices"]
-                ]
-                data = task["data"]
-                answers.append(Answer(str(data["file"]), int(data["row"]), tuple(sorted(set(chosen)))))
+                answers.append(
+                    _answer(task["data"], max(given, key=lambda each: each.get("updated_at") or ""))
+                )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
                 f"{source}: task {number} is none that export.py label-studio wrote, or was not exported as "
                 f"JSON ({type(error).__name__}: {error})"
             ) from None
     return answers
+
+
+def _answer(data: dict[str, Any], annotation: dict[str, Any]) -> Answer:
+    integers = bool(data["integers"])
+    chosen: set[Label] = {
+        int(label) if integers else str(label)
+        for result in annotation["result"]
+        if result["from_name"] == FIELD
+        for label in result["value"]["choices"]
+    }
+    place = (str(data["file"]), str(data["footer_sha256"]), int(data["row"]))
+    return Answer(*place, tuple(sorted(chosen)), integers)

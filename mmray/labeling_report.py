@@ -9,21 +9,23 @@ import numpy as np
 
 from mmray.bundle import Bundle
 from mmray.charts import Chart, Series
-from mmray.errors import ConfigError, OutputError
-from mmray.gallery import SHOWN, cards, disagreeing
+from mmray.errors import ConfigError
+from mmray.gallery import cards, disagreeing
 from mmray.looks import Reader
 from mmray.page import Card, Cell, Page, Section, Table
 from mmray.parquet import find_files
+from mmray.picking import COUNTS, RANDOM, SHOWN
 from mmray.plan import Plan
 from mmray.resources import spread
-from mmray.shards import MANIFEST, SUCCESS
+from mmray.retry import Earlier
+from mmray.shards import MANIFEST
 from mmray.storage import Folder
 from mmray.survey import NUM_BINS, Survey, Surveyor
 
 MAX_CHARTED = 24
 """Labels that have a chart of their own: the most frequent."""
 
-MAX_REASONS = 20
+SHOWN_REASONS = 20
 
 
 def labeling_report(
@@ -45,9 +47,8 @@ def labeling_report(
         ConfigError: another bundle labeled.
         DataError: the input is not what was labeled.
     """
-    plan, manifest = Plan.load(output), output.read_json(MANIFEST)
-    if plan is None or manifest is None or output.read_or_none(SUCCESS) is None:
-        raise OutputError(f"{output} is not finished; run label.py again, it resumes")
+    _, plan = Earlier.find(str(output), "--run")
+    manifest = output.read_json(MANIFEST)
     if bundle and bundle.fingerprint != plan.settings["bundle"]:
         raise ConfigError(f"--model {bundle.folder}: {output} was labeled by another bundle")
     source = None
@@ -58,7 +59,8 @@ def labeling_report(
     survey = survey_files(surveyor, [file.path for file in plan.files if file.num_rows])
     fused = bundle is not None and bundle.model_config.fusion not in ("image", "text")
     square_px = bundle.model_config.image_size if bundle and fused else None
-    looks = Reader(output, plan, source, prefixes, square_px=square_px).read_all(survey.picks)
+    reader = Reader(output, plan.settings, source, prefixes, square_px=square_px)
+    looks = reader.read_all(plan.files, survey.picks)
     shown = cards(looks, surveyor.vocabulary)
     if bundle and fused:
         shown += disagreeing(looks, bundle)
@@ -71,7 +73,9 @@ def labeling_report(
             by_label(survey, names, training_of(bundle)),
             *([by_score(survey, surveyor, names)] if surveyor.scored and survey.num_rows else []),
             *([by_reason(survey)] if survey.reasons else []),
-            gallery(shown, survey, with_images=source is not None, with_model=bundle is not None),
+            gallery(
+                shown, survey, scored=surveyor.scored, searched=square_px is not None and source is not None
+            ),
             made_of(plan, manifest),
         ],
         names,
@@ -158,21 +162,28 @@ def by_score(survey: Survey, surveyor: Surveyor, names: Sequence[str]) -> Sectio
 
 def by_reason(survey: Survey) -> Section:
     """Show why rows were rejected."""
-    rows = [(reason, f"{count:,}") for reason, count in survey.reasons.most_common(MAX_REASONS)]
-    words = f"Each is listed in _mmray/rejected/. The {MAX_REASONS} most frequent reasons; # is any number."
+    rows = [(reason, f"{count:,}") for reason, count in survey.reasons.most_common(SHOWN_REASONS)]
+    words = f"Each is listed in _mmray/rejected/. The {SHOWN_REASONS} most frequent reasons; # is any number."
     return Section("Rejected rows", words, [Table(("reason", "rows"), rows)])
 
 
-def gallery(shown: Sequence[Card], survey: Survey, *, with_images: bool, with_model: bool) -> Section:
+def gallery(shown: Sequence[Card], survey: Survey, *, scored: bool, searched: bool) -> Section:
     """Show rows."""
-    words = (
-        f"Of {survey.num_rows:,} rows at most {SHOWN} of each kind, labels taking turns. The least certain "
-        "have the highest mean entropy of scores."
-    )
-    if not with_images:
-        words += " With --input, their images are shown."
-    if not (with_images and with_model):
-        words += " With --input and --model, rows are found whose image and caption disagree."
+    words = f"Of {survey.num_rows:,} rows at most {SHOWN} of each kind, labels taking turns."
+    if scored:
+        words += " The least certain have the highest mean entropy of scores."
+    else:
+        words += " The output does not keep all scores: how certain its rows are cannot be told."
+    if searched:
+        words += (
+            f" Rows whose image and caption disagree were sought among {COUNTS[RANDOM]} at random: each of "
+            "the two, seen alone, decides a label differently."
+        )
+    else:
+        words += (
+            " With --input their images are shown; with --model, too, rows are found whose image and caption "
+            "disagree, if it uses both."
+        )
     return Section("Rows to look at", words, cards=shown)
 
 

@@ -61,9 +61,9 @@ def to_onnx(bundle: Bundle, *, decide: bool = False) -> bytes:
     """Write a bundle's model as ONNX.
 
     The file's inputs are `pixels`: uint8 (B, S, S, 3), `has_image`: bool (B,), `input_ids` and
-    `attention_mask`: int64 (B, T), `has_caption`: bool (B,), or those of them that the model uses; any B and
-    T. Its outputs are `scores`: float32 (B, L) and, if wanted, `decided`: bool (B, L). Its metadata hold
-    labels, thresholds, image size, the most tokens, and the bundle's fingerprint.
+    `attention_mask`: int64 (B, T), `has_caption`: bool (B,), or those of them that the model uses; any B, and
+    T up to `max_tokens`. Its outputs are `scores`: float32 (B, L) and, if wanted, `decided`: bool (B, L). Its
+    metadata hold labels, thresholds, image size, the most tokens, and the bundle's fingerprint.
 
     Args:
         bundle: what labels.

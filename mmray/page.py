@@ -33,7 +33,8 @@ class Score(NamedTuple):
     """What the model says of one label of one row."""
 
     label: str
-    score: float
+    score: float | None
+    """None where the output did not keep it."""
     decided: bool
 
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from mmray.columns import refuse_pickles, require_columns
 from mmray.config import Columns
+from mmray.damage import reading_labels
 from mmray.datasets import Rows
 from mmray.errors import DataError, OutputError
 from mmray.parquet import DataFile, read_footer, read_units
@@ -75,6 +76,8 @@ class Pairs:
     def joined(self) -> Pair:
         """Join all rows by id, in this process: ids, labels and scores must fit there.
 
+        The predictions hold the ids too, as the output calls them.
+
         Raises:
             DataError: an id is null or stands twice, or nothing matches.
         """
@@ -110,10 +113,8 @@ class Pairs:
 
     def _predictions(self, path: str, *more: str) -> pa.Table:
         columns = ["predicted_labels", *(["scores"] if self.scored else []), *more]
-        try:
+        with reading_labels(f"{self.predictions}/{path}"):
             labeled = pq.read_table(pa.BufferReader(self.predictions.read(path)), columns=columns)
-        except FileNotFoundError:
-            raise OutputError(f"{self.predictions}/{path} is missing: let label.py finish first") from None
         refuse_pickles(labeled.schema, f"{self.predictions}/{path}")
         return labeled
 

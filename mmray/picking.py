@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 
 CERTAIN, UNCERTAIN, FALLBACK = "most certain", "least certain", "fallback"
 REJECTION, RANDOM = "rejected", "at random"
-COUNTS = {UNCERTAIN: 48, FALLBACK: 48, CERTAIN: 48, REJECTION: 48, RANDOM: 256}
+SHOWN = 48
+"""Rows of a kind."""
+
+COUNTS = {UNCERTAIN: SHOWN, FALLBACK: SHOWN, CERTAIN: SHOWN, REJECTION: SHOWN, RANDOM: 256}
 """Rows of each kind that are picked: at random more than are shown, to find among them what disagrees."""
 
 

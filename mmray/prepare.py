@@ -38,7 +38,7 @@ _EXTENSIONS = "jpg|jpeg|png|webp|gif|bmp|tif|tiff|avif"
 _IMAGE = re.compile(rf"\.({_EXTENSIONS})$", re.IGNORECASE)
 _RECORD = re.compile(rf'^([^,"\r\n]+\.(?:{_EXTENSIONS})),', re.IGNORECASE | re.MULTILINE)
 _OUTSIDE = re.compile(r"(^|/)\.\.(/|$)|^/|^[A-Za-z]:|\\|://")  # also by a drive, a Windows separator, a URL
-INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")  # fits int64 and is written the same way again, unlike 007
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,17}")  # fits int64 and is written the same way again, unlike 007
 
 
 class Row(NamedTuple):
@@ -189,7 +189,7 @@ def _prepare(
     found = (Row(path, path) for path in in_folder) if found is None else found
     rows = [_checked(row, f"{source} record {number}", sizes) for number, row in enumerate(found, 1)]
     labels = Counter(label for row in rows for label in set(row.labels or ()))
-    kind: Callable[[str], Label] = int if all(map(INTEGER.fullmatch, labels)) else str
+    kind: Callable[[str], Label] = int if all(map(_INTEGER.fullmatch, labels)) else str
     folders = defaultdict(list)
     for row in rows:
         # From the image_id alone, so that it is the same in every run and on every machine.

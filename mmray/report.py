@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 
 from mmray.bundle import Bundle
 from mmray.errors import ConfigError, OutputError
 from mmray.labeling_report import labeling_report
 from mmray.page import Page
 from mmray.plan import PLAN
-from mmray.storage import Folder, publish_file
+from mmray.storage import Folder, file_place
 from mmray.training_report import ablation_report, training_report
 
 
@@ -41,9 +42,10 @@ def write_report(
         DataError: the input is not what was labeled.
     """
     run = Folder(run_uri)
+    place, name = file_place(output_uri, outside=run)
     page = replace(find_page(run, input_uri, model_uri, image_prefixes), made_by=_made_by())
     data = page.html().encode()
-    publish_file(output_uri, data)
+    place.publish(name, data)
     return len(data)
 
 
@@ -51,6 +53,8 @@ def find_page(
     run: Folder, input_uri: str | None, model_uri: str | None, image_prefixes: tuple[str, ...]
 ) -> Page:
     """Tell what a run is, and report on it."""
+    if run.is_local and Path(run.root).is_file():
+        raise OutputError(f"--run {run} is a file; name the folder of the run")
     if (run / PLAN).list(".parquet"):
         bundle = Bundle.load(model_uri) if model_uri else None
         return labeling_report(run, input_uri, bundle, image_prefixes)

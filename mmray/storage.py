@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 from mmray import disk, stores
-from mmray.errors import ConfigError, DataError, StorageError
+from mmray.errors import ConfigError, DataError, OutputError, StorageError
 from mmray.faults import moment
 from mmray.remote import RemoteFile
 
@@ -270,16 +270,29 @@ def visible(path: str) -> bool:
     return not any(part.startswith(("_", ".")) for part in path.split("/"))
 
 
-def publish_file(uri: str, data: bytes) -> None:
-    """Put one file in place at once, of which the whole URI is known.
+def file_place(uri: str, *, outside: Folder | None = None) -> tuple[Folder, str]:
+    """Tell where a file of this URI will be published, before there is work that could be lost.
+
+    Args:
+        uri: of the file.
+        outside: a folder that must not get it, such as a dataset.
+
+    Returns:
+        Its folder, and its name in it.
 
     Raises:
-        ConfigError: the URI names a folder.
+        ConfigError: the URI names a folder, or lies below a file.
+        OutputError: it lies in what it must not lie in.
     """
-    folder, slash, name = uri.rpartition("/")
-    if not name:
-        raise ConfigError(f"{uri} names a folder; name the file to write")
-    Folder(folder + slash or ".").publish(name, data)
+    place, slash, name = uri.rpartition("/")
+    folder = Folder(place + slash or ".")
+    path = Path(folder.root)
+    below_file = folder.is_local and next(each for each in (path, *path.parents) if each.exists()).is_file()
+    if not name or below_file or (folder.is_local and (path / name).is_dir()):
+        raise ConfigError(f"{uri} is no place for a file; name the file to write, in a folder")
+    if outside and f"{folder}/{name}".startswith(f"{outside}/"):
+        raise OutputError(f"{uri} lies in {outside}; write it elsewhere")
+    return folder, name
 
 
 def read_text(uri: str) -> str:

@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmray.columns import refuse_pickles
+from mmray.damage import reading_labels
 from mmray.decisions import decide
-from mmray.errors import OutputError
+from mmray.parquet import MAX_SHARD_ROWS
 from mmray.picking import (
     CERTAIN,
     COUNTS,
@@ -37,6 +38,10 @@ NUM_BINS = 40
 """Of the histograms of scores, equal in score."""
 
 MAX_REASONS = 1000
+"""That are told apart; those that are rarer, in what was counted when they were too many, are lost."""
+
+TRIM_AT = 100_000
+"""Picks that are held before those are left out that cannot be chosen."""
 
 
 @dataclass
@@ -101,25 +106,20 @@ class Surveyor:
         """
         found = Survey()
         columns = ["predicted_labels", "status", "error", *["scores"] * self.scored]
-        for first, rows in self._batches(path, columns):
-            found += self.count(rows, path, first)
+        with reading_labels(f"{self.output}/{path}"):
+            for first, rows in self._batches(path, columns):
+                found += self.count(rows, path, first)
         return found
 
     def _batches(self, path: str, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
         """Read a labeled file in a stream; gives tables and the rows that they begin with."""
         first = 0
-        try:
-            with self.output.open(path) as source:
-                file = pq.ParquetFile(source)
-                refuse_pickles(file.schema_arrow, f"{self.output}/{path}")
-                for batch in file.iter_batches(columns=columns):
-                    yield first, pa.Table.from_batches([batch])
-                    first += batch.num_rows
-        except (FileNotFoundError, pa.ArrowException) as error:
-            brief = " ".join(str(error).split())[:200]
-            raise OutputError(
-                f"{self.output}/{path} is gone or damaged ({brief}); verify.py says more"
-            ) from None
+        with self.output.open(path) as source:
+            file = pq.ParquetFile(source)
+            refuse_pickles(file.schema_arrow, f"{self.output}/{path}")
+            for batch in file.iter_batches(MAX_SHARD_ROWS, columns=columns):
+                yield first, pa.Table.from_batches([batch])
+                first += batch.num_rows
 
     def uncertain(self, path: str, count: int) -> list[Pick]:
         """Pick of one file the rows that may be among the `count` least certain of all, labels taking turns.
@@ -128,17 +128,19 @@ class Surveyor:
             OutputError: it is gone or damaged.
         """
         picks: list[Pick] = []
-        for first, rows in self._batches(path, ["scores"]):
-            scores, valid = score_matrix(rows["scores"], len(self.vocabulary))
-            labels = np.abs(scores - self.thresholds).argmin(axis=1)
-            numbers = zip(labels.tolist(), doubt(scores).tolist(), itertools.count(first))
-            found = (
-                Pick(UNCERTAIN, label, rank, path, row)
-                for (label, rank, row), sound in zip(numbers, valid, strict=False)
-                if sound
-            )
-            picks = first_turns([*picks, *found], count)
-        return picks
+        trim_at = TRIM_AT
+        with reading_labels(f"{self.output}/{path}"):
+            for first, rows in self._batches(path, ["scores"]):
+                scores, valid = score_matrix(rows["scores"], len(self.vocabulary))
+                labels = np.abs(scores - self.thresholds).argmin(axis=1).tolist()
+                found = zip(labels, doubt(scores).tolist(), itertools.count(first), valid, strict=False)
+                picks += [
+                    Pick(UNCERTAIN, label, rank, path, row) for label, rank, row, sound in found if sound
+                ]
+                if len(picks) > trim_at:
+                    picks = first_turns(picks, count)
+                    trim_at = max(TRIM_AT, 2 * len(picks))
+        return first_turns(picks, count)
 
     def count(self, rows: pa.Table, path: str, first: int) -> Survey:
         """Count some rows of a file, from row `first` on."""

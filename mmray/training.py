@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from threading import Thread
 from typing import Any
 
@@ -106,7 +106,8 @@ def train_model(
     output.publish_json(RECIPE, recipe)  # what cannot be built has taken no output
     with told(progress, train.epochs) as news:
         num_rows = sum(part.num_rows for part in parts)
-        job = TrainJob(model, train, start, num_rows, workers.num_threads, output / RUN, news)
+        datasets = [PurePosixPath(part.folder.uri).name for part in parts]
+        job = TrainJob(model, train, start, datasets, num_rows, workers.num_threads, output / RUN, news)
         best, latest = fit(job, parts, val, output, workers)
     # A bundle needs no other folder: a backbone that came from one is kept under timm's name for it.
     kept = replace(model, vision=built.image.architecture) if built.image else model
@@ -221,8 +222,8 @@ def save_best(
     output: Folder, best: ray.train.Checkpoint, latest: ray.train.Checkpoint, job: TrainJob
 ) -> tuple[Bundle, dict[str, Any]]:
     """Make the bundle of the best epoch's averaged weights; gives it and its metrics."""
-    with latest.as_directory() as folder:
-        history = json.loads((Path(folder) / PROGRESS).read_text())["history"]
+    with latest.filesystem.open_input_stream(f"{latest.path}/{PROGRESS}") as file:
+        history = json.loads(file.read())["history"]
     with best.as_directory() as folder:
         weights = safetensors.torch.load_file(Path(folder) / "averaged.safetensors")
         state = json.loads((Path(folder) / PROGRESS).read_text())
@@ -232,6 +233,7 @@ def save_best(
     metrics = settled.metrics | {name: state["metrics"][name] for name in ("epoch", "loss", "seconds")}
     metrics["history"] = history
     metrics["training"] = {
+        "datasets": job.datasets,
         "num_rows": job.num_rows,
         "num_labeled": start.num_labeled,
         "by_label": {

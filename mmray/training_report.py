@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mmray import ablate
 from mmray.bundle import Bundle
 from mmray.charts import Chart, Series
 from mmray.decisions import Calibration, decide
+from mmray.errors import BundleError
 from mmray.metrics import THRESHOLDS
 from mmray.page import Cell, Page, Section, Table
 from mmray.self_train import REPORT, ROUNDS
@@ -36,6 +39,8 @@ def training_report(folder: Folder) -> Page:
     """
     bundle = Bundle.load(folder.uri)
     metrics = folder.read_json("metrics.json")
+    if not metrics:
+        raise BundleError(f"{folder}/metrics.json is missing or empty; train.py writes it")
     names = [str(label) for label in bundle.vocabulary.labels]
     sections = [by_epoch(metrics)] if metrics.get("history") else []
     rounds, run = folder.read_json(REPORT), folder
@@ -55,7 +60,7 @@ def training_report(folder: Folder) -> Page:
             per_label_charts(validation, scores, bundle, names, charted),
             confusion(validation, scores, bundle, names),
         ]
-    sections.append(made_of(bundle, metrics))
+    sections.append(made_of(bundle))
     return Page(f"Training run: {folder}", _facts(metrics), sections)
 
 
@@ -222,7 +227,8 @@ def confusion(validation: Validation, scores: np.ndarray, bundle: Bundle, names:
     decided, _ = decide(scores, bundle.thresholds)
     decided &= validation.valid[:, None]
     missed, wrong = validation.targets & ~decided, decided & ~validation.targets
-    pairs = missed.T.astype(np.int64) @ wrong.astype(np.int64)
+    # By floats, which BLAS multiplies; of whole numbers below 2^24 they are exact.
+    pairs = (missed.T.astype(np.float32) @ wrong.astype(np.float32)).astype(np.int64)
     kept = np.sort(np.argsort(-(pairs.sum(axis=0) + pairs.sum(axis=1)), kind="stable")[:MAX_MATRIX])
     largest = max(1, pairs.max(initial=0))
     rows = [
@@ -246,7 +252,7 @@ def confusion(validation: Validation, scores: np.ndarray, bundle: Bundle, names:
     )
 
 
-def made_of(bundle: Bundle, metrics: dict[str, Any]) -> Section:
+def made_of(bundle: Bundle) -> Section:
     """Show what the model is made of."""
     config = bundle.model_config
     rows = [
@@ -264,10 +270,12 @@ def ablation_report(folder: Folder) -> Page:
     tables = []
     for axis in dict.fromkeys(row["axis"] for row in rows):
         lines = [
-            [row["value"], *(f"{float(row[name]):.4f} ± {float(row[f'{name}_std']):.4f}" for name in METRICS)]
-            for row in rows
-            if row["axis"] == axis
+            [row["value"], *map(partial(_mean, row), ablate.METRICS)] for row in rows if row["axis"] == axis
         ]
-        tables.append(Table((axis, *METRICS.values()), lines))
+        tables.append(Table((axis, *ablate.TITLES.values()), lines))
     words = f"Mean and standard deviation over {rows[0]['seeds']} seeds, on the validation rows."
     return Page(f"Ablation: {folder}", [("variants", f"{len(rows)}")], [Section("Ablation", words, tables)])
+
+
+def _mean(row: dict[str, str], metric: str) -> str:
+    return f"{float(row[metric]):.4f} ± {float(row[f'{metric}_std']):.4f}"

@@ -16,8 +16,8 @@ from mmray.learner import Batches, Learner, inputs_of
 from mmray.metrics import Counts
 from mmray.schema import Vocabulary
 
-MAX_ROWS_KEPT = 200_000
-"""Validation rows that calibration and thresholds are fitted to: more would not change them."""
+MAX_ROWS_KEPT, MAX_BYTES_KEPT = 200_000, 512 << 20
+"""Of validation rows, for calibration and thresholds: more would not change them."""
 VALIDATION = "validation.safetensors"
 
 
@@ -78,12 +78,12 @@ class Validation(NamedTuple):
 
     def gathered(self) -> Validation:
         """Put the rows of all workers together, as many as calibration needs."""
-        if not torch.distributed.is_initialized():
-            return self
-        world_size = torch.distributed.get_world_size()
-        parts: list[Validation] = [self] * world_size
-        share = MAX_ROWS_KEPT // world_size
-        torch.distributed.all_gather_object(parts, Validation(*(array[:share] for array in self)))
+        world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        row_bytes = sum(array.nbytes for array in self) // max(1, len(self.logits))
+        share = min(MAX_ROWS_KEPT, MAX_BYTES_KEPT // max(1, row_bytes)) // world_size
+        parts = [Validation(*(array[:share] for array in self))] * world_size
+        if world_size > 1:
+            torch.distributed.all_gather_object(parts, parts[0])
         return Validation(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
     def save(self, folder: Path) -> None:

@@ -39,6 +39,8 @@ class TrainJob:
     model: ModelConfig
     train: TrainConfig
     start: Start
+    datasets: list[str]
+    """Names of the folders that the rows are in, for the model card: of the paths nothing is kept."""
     num_rows: int
     num_threads: int
     run: Folder
@@ -95,7 +97,7 @@ def train_worker(config: dict[str, Any]) -> None:
             + (" *" if better else "")
         )
         if rank == 0:
-            job.run.publish(EVENTS, event_file(state["history"]))
+            job.run.publish(EVENTS.format(epoch), event_file(state["history"][-1]))
         report(learner, state, validation.gathered(), rank)
 
 

@@ -84,24 +84,45 @@ def test_what_people_answer_becomes_rows_to_train_on(labeled, archive, tmp_path)
         assert (row["image"], row["caption"], row["labels"]) == (image, original["caption"], expected[place])
         assert row["image_id"] == original["image_id"]
     assert Rows.find(str(tmp_path / "data"), Columns()).num_rows == 32
-    with pytest.raises(OutputError, match="choose an empty --output"):
+    before = {path: path.read_bytes() for path in (tmp_path / "data").glob("*.parquet")}
+    assert prepare_answers(str(answers_path), str(archive.folder), str(tmp_path / "data")) == done
+    assert before == {path: path.read_bytes() for path in (tmp_path / "data").glob("*.parquet")}
+    answers_path.write_text(json.dumps(exported[:9]))
+    with pytest.raises(OutputError, match="not of this run"):
         prepare_answers(str(answers_path), str(archive.folder), str(tmp_path / "data"))
-    with pytest.raises(DataError, match="were other rows asked about"):
+    with pytest.raises(DataError, match="were people asked about other rows"):
         prepare_answers(str(answers_path), str(tmp_path / "data"), str(tmp_path / "again"))
+
+
+def test_answers_for_other_rows_of_a_file_of_the_same_name_are_refused(labeled, archive, draw_rows, tmp_path):
+    tasks_path = tmp_path / "tasks.json"
+    export_label_studio(str(labeled), str(archive.folder), str(tasks_path), 5)
+    tasks = json.loads(tasks_path.read_text())
+    for task in tasks:
+        task["annotations"] = [{"result": task["predictions"][0]["result"], "updated_at": "2026"}]
+        path = tmp_path / "other" / task["data"]["file"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(draw_rows(2400, 8), path)
+    tasks_path.write_text(json.dumps(tasks))
+    with pytest.raises(DataError, match="were people asked about other rows"):
+        prepare_answers(str(tasks_path), str(tmp_path / "other"), str(tmp_path / "data"))
+    assert not (tmp_path / "data").exists()
 
 
 def test_cleanlab_gets_what_every_sound_row_bears_and_was_given(labeled, archive, tmp_path):
     num_rows = export_cleanlab(str(archive.folder), str(labeled), str(tmp_path / "rows.npz"))
     found = np.load(tmp_path / "rows.npz", allow_pickle=False)
-    vocabulary = Vocabulary(tuple(found["labels"].tolist()))
-    expected_scores, expected_targets = [], []
+    vocabulary = Vocabulary(tuple(found["vocabulary"].tolist()))
+    expected_scores, expected_targets, expected_rows = [], [], []
     for path in archive.statuses:
         _, scores, valid = read(labeled, path)
         truth = pq.read_table(archive.folder / path, columns=["labels"], partitioning=None)["labels"]
         expected_scores.append(scores[valid])
         expected_targets.append(vocabulary.encode(truth)[valid])
+        expected_rows += [(path, row) for row in np.flatnonzero(valid).tolist()]
     assert (found["pred_probs"] == np.concatenate(expected_scores)).all()
     assert (found["targets"] == np.concatenate(expected_targets)).all()
+    assert list(zip(found["file"].tolist(), found["row"].tolist(), strict=True)) == expected_rows
     assert num_rows == len(found["targets"]) < archive.num_rows
 
 
@@ -117,6 +138,10 @@ def test_what_cannot_be_exported_is_told_in_a_line(labeled, archive, tmp_path):
     assert "not finished" in refused("uncertain", "--predictions", archive.folder, *place)
     assert "--count 0" in refused("uncertain", "--predictions", labeled, *place, "--count", 0)
     assert "is no complete bundle" in refused("onnx", "--model", archive.folder, *place)
+    inside = ("--output", labeled / "more.parquet")
+    assert "write it elsewhere" in refused("uncertain", "--predictions", labeled, *inside)
+    folder = ("--output", tmp_path)
+    assert "no place for a file" in refused("uncertain", "--predictions", labeled, *folder)
     done = CliRunner().invoke(
         main, ["uncertain", "--predictions", str(labeled), "--output", str(tmp_path / "u.parquet")]
     )

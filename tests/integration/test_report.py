@@ -17,9 +17,9 @@ from sklearn.metrics import f1_score, precision_recall_curve
 
 from mmray.bundle import Bundle
 from mmray.errors import ConfigError, DataError, OutputError
-from mmray.gallery import DISAGREEING, SHOWN
+from mmray.gallery import DISAGREEING
 from mmray.labeling_report import labeling_report
-from mmray.picking import CERTAIN, FALLBACK, RANDOM, REJECTION, UNCERTAIN
+from mmray.picking import CERTAIN, FALLBACK, RANDOM, REJECTION, SHOWN, UNCERTAIN
 from mmray.report import write_report
 from mmray.storage import Folder
 from mmray.training_report import f1_by_threshold, precision_and_recall
@@ -113,7 +113,7 @@ def test_what_is_no_finished_output_is_refused(labeled, archive, tmp_path):
     (tmp_path / "half/_SUCCESS").unlink()
     with pytest.raises(OutputError, match="not finished"):
         write_report(str(tmp_path / "half"), str(tmp_path / "r.html"))
-    with pytest.raises(ConfigError, match="names a folder"):
+    with pytest.raises(ConfigError, match="no place for a file"):
         write_report(str(labeled), f"{tmp_path}/")
 
 

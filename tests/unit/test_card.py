@@ -21,14 +21,19 @@ def test_it_tells_what_a_user_must_know():
         epoch=2,
         ece_uncalibrated=0.02,
         history=[{}, {}, {}],
-        training={"num_rows": 15_000, "num_labeled": 13_000, "by_label": {"a|b": 77}},
+        training={
+            "datasets": ["photos", "more"],
+            "num_rows": 15_000,
+            "num_labeled": 13_000,
+            "by_label": {"a|b": 77},
+        },
         by_decision={"single": {"sample_f1": 0.79}},
         by_modality={"image": summary(sample_f1=0.4), "caption": summary(sample_f1=0.75)},
     )
     card = model_card(ModelConfig(vision="resnet18", pretrained=False), metrics)
     for words in (
         "resnet18 at 380 px",
-        "Trained on 15,000 rows, 13,000 of them with labels of their own; epoch 2 of 3 was the best",
+        "Trained on 15,000 rows of photos and more, 13,000 of them with labels of their own; epoch 2 of 3",
         "| image and caption | 0.800 | 0.700 | 0.600 |",
         "| the image alone | 0.400 | 0.700 | 0.600 |",
         "| a\\|b | 0.500 | 0.250 | 0.333 |  | 1,200 | 77 |",
@@ -43,7 +48,7 @@ def test_a_model_of_one_modality_has_one_line():
         epoch=1,
         ece_uncalibrated=0.02,
         history=[{}],
-        training={"num_rows": 10, "num_labeled": 10, "by_label": {"a|b": 7}},
+        training={"datasets": ["a"], "num_rows": 10, "num_labeled": 10, "by_label": {"a|b": 7}},
         by_decision={"single": {"sample_f1": 0.79}},
         by_modality={},
     )

@@ -310,6 +310,27 @@ def test_a_job_knows_whether_it_was_told_to_be_verbose(arguments, told):
     assert CliRunner().invoke(whisper, arguments).output == f"{told}\n"
 
 
+@pytest.mark.parametrize("error", [USERS, RuntimeError("odd")])
+def test_told_to_be_verbose_a_job_shows_where_its_error_comes_from(error):
+    code = f"""
+from mmray.cli import job
+from mmray.errors import DataError
+
+@job("fail")
+def fail():
+    raise {error!r}
+
+fail()
+"""
+    quiet, verbose = (
+        subprocess.run([sys.executable, "-c", code, *more], capture_output=True, text=True, cwd=REPOSITORY)
+        for more in ([], ["--verbose"])
+    )
+    assert "Traceback" not in quiet.stderr and "Traceback" in verbose.stderr
+    assert quiet.returncode == verbose.returncode == (2 if error is USERS else 3)
+    assert quiet.stderr.splitlines() == verbose.stderr.splitlines()[-1:]
+
+
 @pytest.mark.parametrize("name", JOBS)
 def test_a_job_helps_at_once_on_one_screen_with_an_example(name):
     environment = os.environ | {"COLUMNS": "120"}

@@ -44,7 +44,7 @@ FLOORS = [
         ),
         *("bundle", "planning"),
         *("selection", "labeler", "isolation", "tables", "learner", "validation", "card", "cli"),
-        *("charts", "page", "picking", "survey", "label_studio", "onnx_export", "events"),
+        *("damage", "charts", "page", "picking", "survey", "label_studio", "onnx_export", "events"),
     ],
     # 2: on Ray Data and Ray Train
     [

@@ -6,12 +6,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mmray.errors import DataError
+from mmray.errors import ConfigError, DataError
 from mmray.label_studio import Answer, Question, form, read_answers, tasks
 
 
-def ask(row, labels=("dog",)):
-    return Question("a.parquet", row, "Two <dogs>", b"\xff\xd8", labels, 0.25, "f00")
+def ask(row, labels=("dog",), integers=False):
+    return Question("a.parquet", "5ab", row, "Two <dogs>", b"\xff\xd8", labels, integers, 0.25, "f00")
 
 
 def answered(question, *choices, **more):
@@ -34,7 +34,9 @@ def test_a_task_shows_the_row_and_what_the_model_thinks():
         "image": "",
         "caption": "Two <dogs>",
         "file": "a.parquet",
+        "footer_sha256": "5ab",
         "row": 7,
+        "integers": False,
     }
     kind, _, data = task["data"]["image"].partition(",")
     assert (kind, base64.b64decode(data)) == ("data:image/jpeg;base64", b"\xff\xd8")
@@ -62,9 +64,22 @@ def test_of_several_answers_the_latest_counts_and_of_none_there_is_no_row():
         answered(ask(3), ("dog",), was_cancelled=True),
     ]
     assert read_answers(json.dumps(exported), "x.json") == [
-        Answer("a.parquet", 0, ("bus", "cat")),
-        Answer("a.parquet", 1, ()),
+        Answer("a.parquet", "5ab", 0, ("bus", "cat"), False),
+        Answer("a.parquet", "5ab", 1, (), False),
     ]
+
+
+def test_integers_stay_integers_and_digits_that_are_text_stay_text():
+    exported = [answered(ask(0, integers=True), ("10", "9")), answered(ask(1), ("10", "9"))]
+    assert [answer.labels for answer in read_answers(json.dumps(exported), "x.json")] == [
+        (9, 10),
+        ("10", "9"),
+    ]
+
+
+def test_a_label_that_no_form_can_show_is_refused():
+    with pytest.raises(ConfigError, match="rename it"):
+        form(["fine", "bell \x07"])
 
 
 @pytest.mark.parametrize(
@@ -73,7 +88,7 @@ def test_of_several_answers_the_latest_counts_and_of_none_there_is_no_row():
         ("{", "x.json is not JSON"),
         ('{"tasks": []}', "holds no list of tasks"),
         ('[{"id": 3}]', "task 1 is none"),
-        (json.dumps([answered(ask(0), ("dog",)) | {"data": {"row": 3}}]), "KeyError: 'file'"),
+        (json.dumps([answered(ask(0), ("dog",)) | {"data": {"row": 3}}]), "KeyError: 'integers'"),
         (json.dumps([answered(ask(0), ("dog",)) | {"annotations": "x"}]), "AttributeError"),
     ],
 )
