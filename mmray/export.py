@@ -149,7 +149,7 @@ def export_cleanlab(
     """Write what cleanlab makes its arguments of, as a NumPy archive.
 
     It holds `pred_probs`: float32 (N, L), `targets`: uint8 (N, L), and `vocabulary`: (L,) of the labels' own
-    type; and of each row `file` and `row`, or its `id` where rows were joined by it. Failed rows are left
+    type; and of each row `path` and `row`, or its `id` where rows were joined by it. Failed rows are left
     out. Predictions should be of a model that did not see these rows.
 
     Args:
@@ -181,7 +181,7 @@ def export_cleanlab(
         files = {file.path: file for file in pairs.files}
         rows = {path: np.arange(files[path].num_rows) for path in paths}
         return [
-            (path, arrays_of(pairs.of_file(files[path]), {"file": np.full(len(row), path), "row": row}))
+            (path, arrays_of(pairs.of_file(files[path]), {"path": np.full(len(row), path), "row": row}))
             for path, row in rows.items()
         ]
 

@@ -122,7 +122,7 @@ def test_cleanlab_gets_what_every_sound_row_bears_and_was_given(labeled, archive
         expected_rows += [(path, row) for row in np.flatnonzero(valid).tolist()]
     assert (found["pred_probs"] == np.concatenate(expected_scores)).all()
     assert (found["targets"] == np.concatenate(expected_targets)).all()
-    assert list(zip(found["file"].tolist(), found["row"].tolist(), strict=True)) == expected_rows
+    assert list(zip(found["path"].tolist(), found["row"].tolist(), strict=True)) == expected_rows
     assert num_rows == len(found["targets"]) < archive.num_rows
 
 
