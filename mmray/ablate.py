@@ -74,6 +74,12 @@ class Places(NamedTuple):
     columns: Columns
     compute: ComputeConfig
 
+    def absolute(self) -> Places:
+        """Write local paths in full: the trainings run in workers, which may stand in other folders."""
+        unlabeled_uri = Folder(self.unlabeled_uri).uri if self.unlabeled_uri else None
+        data_uri, val_uri = Folder(self.data_uri).uri, Folder(self.val_uri).uri
+        return self._replace(data_uri=data_uri, val_uri=val_uri, unlabeled_uri=unlabeled_uri)
+
 
 def variants_of(base: Experiment, config: AblationConfig) -> Iterator[Variant]:
     """Give the variants of each axis: the base, but for one part."""
@@ -161,6 +167,7 @@ def ablate(
     if "self-training" in config.axes and places.unlabeled_uri is None:
         raise ConfigError("the axis self-training needs --unlabeled")
     output, variants = Folder(output_uri), list(variants_of(base, config))
+    places = places.absolute()
     require_same_data(output, places)
     experiments = {
         seeded.name(): seeded
