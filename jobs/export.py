@@ -34,8 +34,8 @@ def onnx(model_uri: str, output_uri: str, decisions: bool) -> None:
     Example: export.py onnx --model models/first --output first.onnx --decisions
     """
     from mmray.bundle import Bundle
+    from mmray.files import file_place
     from mmray.onnx_export import to_onnx
-    from mmray.storage import file_place
 
     place, name = file_place(output_uri)
     data = to_onnx(Bundle.load(model_uri), decide=decisions)

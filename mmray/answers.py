@@ -14,10 +14,11 @@ from mmray.columns import require_columns, require_kinds, text_values
 from mmray.config import Columns, fingerprint
 from mmray.errors import DataError, OutputError
 from mmray.fetch import fetch_images, image_values
+from mmray.files import read_text
 from mmray.label_studio import Answer, read_answers
 from mmray.parquet import DataFile, describe_files, find_files, read_units
 from mmray.schema import CANONICAL_SCHEMA, Label
-from mmray.storage import Folder, read_text
+from mmray.storage import Folder
 
 PART_BYTES = 64 << 20
 RECORD = "_prepare/answers.json"

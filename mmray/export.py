@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from mmray.config import Columns, require_range
 from mmray.errors import ConfigError
+from mmray.files import file_place
 from mmray.label_studio import Question, form, tasks
 from mmray.looks import Reader
 from mmray.pairing import Pair, Pairs
@@ -22,7 +23,7 @@ from mmray.plan import Plan
 from mmray.resources import spread
 from mmray.retry import Earlier
 from mmray.schema import KeptScores, Vocabulary, output_name, score_matrix
-from mmray.storage import Folder, file_place
+from mmray.storage import Folder
 from mmray.survey import Surveyor
 
 QUESTION_PX = 640

@@ -27,9 +27,10 @@ import ray.data
 
 from mmray.config import require_range
 from mmray.errors import DataError, OutputError
+from mmray.files import read_text
 from mmray.images import decode_image
 from mmray.schema import CANONICAL_SCHEMA, Label
-from mmray.storage import Folder, read_text
+from mmray.storage import Folder
 
 PART_BYTES, PART_ROWS = 256 * 2**20, 100_000  # what one task and its file hold at most
 GROUP_BYTES, GROUP_ROWS = 64 * 2**20, 1_000  # what a row group, and so a task in memory, holds at most

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from mmray.bundle import Bundle
 from mmray.errors import ConfigError, OutputError
+from mmray.files import file_place
 from mmray.labeling_report import labeling_report
 from mmray.page import Page
 from mmray.plan import PLAN
-from mmray.storage import Folder, file_place
+from mmray.storage import Folder
 from mmray.training_report import ablation_report, training_report
 
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
 from mmray import disk, stores
-from mmray.errors import ConfigError, DataError, OutputError, StorageError
+from mmray.errors import ConfigError, DataError, StorageError
 from mmray.faults import moment
 from mmray.remote import RemoteFile
 
@@ -268,43 +268,3 @@ class Folder:
 def visible(path: str) -> bool:
     """Tell whether a relative path is data: no part of it begins with `_` or `.`, as in Hive and Spark."""
     return not any(part.startswith(("_", ".")) for part in path.split("/"))
-
-
-def file_place(uri: str, *, outside: Folder | None = None) -> tuple[Folder, str]:
-    """Tell where a file of this URI will be published, before there is work that could be lost.
-
-    Args:
-        uri: of the file.
-        outside: a folder that must not get it, such as a dataset.
-
-    Returns:
-        Its folder, and its name in it.
-
-    Raises:
-        ConfigError: the URI names a folder, or lies below a file.
-        OutputError: it lies in what it must not lie in.
-    """
-    place, slash, name = uri.rpartition("/")
-    folder = Folder(place + slash or ".")
-    path = Path(folder.root)
-    below_file = folder.is_local and next(each for each in (path, *path.parents) if each.exists()).is_file()
-    if not name or below_file or (folder.is_local and (path / name).is_dir()):
-        raise ConfigError(f"{uri} is no place for a file; name the file to write, in a folder")
-    if outside and f"{folder}/{name}".startswith(f"{outside}/"):
-        raise OutputError(f"{uri} lies in {outside}; write it elsewhere")
-    return folder, name
-
-
-def read_text(uri: str) -> str:
-    """Read a text file.
-
-    Raises:
-        DataError: there is none, or it is not UTF-8.
-    """
-    folder, slash, name = uri.rpartition("/")
-    try:
-        return Folder(folder + slash or ".").read(name).decode("utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError):
-        raise DataError(f"{uri}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{uri}: not UTF-8 at byte {error.start}; save it as UTF-8") from None

@@ -21,6 +21,7 @@ FLOORS = [
             "stores",
             "remote",
             "storage",
+            "files",
             "fetch",
             "rowgroups",
             "parquet",
