@@ -1,8 +1,8 @@
-# make demo | test | test-faults | test-swift | test-recipes | check | lock. The first one sets everything up, in .venv.
+# make demo | test | test-faults | test-swift | test-recipes | bench | check | lock. The first one sets everything up, in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-faults test-swift test-recipes check format lock clean
+.PHONY: setup demo test test-faults test-swift test-recipes bench check format lock clean
 .DELETE_ON_ERROR:
 
 setup: .venv/installed
@@ -32,6 +32,15 @@ test-faults: setup
 
 test-recipes: setup
 	$(BIN)/python -m pytest -m recipe -s
+
+# Labeling beside other engines, in turns: hours on two CPUs. Prints tables and writes build/bench.json.
+bench: setup build/peers/installed
+	$(BIN)/python tests/peers/bench.py
+
+build/peers/installed: tests/peers/requirements.txt | setup
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --no-deps --target $(@D) --requirement $<
+	touch $@
 
 check: setup
 	$(BIN)/ruff format --check mmray jobs tests

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import click
@@ -14,8 +17,11 @@ from mmray.config import Columns, ComputeConfig, ScoringConfig, make
 @click.option("--input", "input_uri", required=True, help="Folder of Parquet files, or one file.")
 @click.option("--model", "model_uri", required=True, help="Bundle that train.py made.")
 @click.option("--scratch", "scratch_uri", help="Folder to measure writing in, such as one beside the output.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Also write the numbers here.")
 @options(Columns, ScoringConfig, ComputeConfig)
-def main(input_uri: str, model_uri: str, scratch_uri: str | None, **settings: Any) -> None:
+def main(
+    input_uri: str, model_uri: str, scratch_uri: str | None, json_path: str | None, **settings: Any
+) -> None:
     """Predict how fast label.py will go on this cluster, and what holds it, from a thousand rows.
 
     Example: bench.py --input s3://archive/2026 --model s3://models/coco --scratch s3://labels/scratch
@@ -35,6 +41,8 @@ def main(input_uri: str, model_uri: str, scratch_uri: str | None, **settings: An
         )
     Console().print(as_table(found))
     hours, minutes = divmod(round(found.seconds / 60), 60)
+    if json_path:
+        Path(json_path).write_text(json.dumps(asdict(found), indent=2) + "\n")
     click.echo(f"{found.limit} is the limit; the whole job will take {hours} h {minutes:02} min")
 
 

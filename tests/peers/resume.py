@@ -11,10 +11,9 @@ thus committed 100 of 100,000 shards a second; and those of the last ten seconds
 hundred belongs to a file of ten: of these files ten are in pieces, five of them with a shard missing and five
 complete but not joined. Five files of one shard are missing too.
 
-Memory is what Linux calls PSS, where a page that n processes share counts 1/n for each, sampled twice a
-second and summed up; of the driver also its peak of resident memory (RSS), as the kernel keeps it. Ray's
-daemons are `raylet`, `gcs_server` and the like: whatever is neither the driver nor a worker. A machine with
-other work makes the time longer: so the CPU time of all processes and the load beforehand are reported too.
+Memory is told as `measuring.py` samples it; of the driver also its peak of resident memory (RSS). A machine
+with other work makes the time longer: so the CPU time of all processes and the load beforehand are reported
+too.
 
 That the result is right is proved by `jobs/verify.py` with `--verify`, which takes minutes. Without, it is
 shown by less: every file that was committed is still the very same file (its inode), every file of the plan
@@ -31,34 +30,28 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
-from uuid import uuid4
 
 import click
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from bundles import make_bundle
+from measuring import Usage, run_command
 
-from mmray.bundle import Bundle, save_bundle, tokenizer_files
-from mmray.captions import train_tokenizer
+from mmray.bundle import Bundle
 from mmray.config import Columns, LabelConfig, ModelConfig
-from mmray.decisions import Calibration
 from mmray.labeler import Labeler
 from mmray.lease import LEASE, this_process
-from mmray.model import build_model
 from mmray.parquet import find_files
 from mmray.plan import PIECES, Plan, shards_of
 from mmray.planning import plan_labeling
 from mmray.rowgroups import DAMAGE
-from mmray.schema import CANONICAL_SCHEMA, KeptScores, Vocabulary
+from mmray.schema import CANONICAL_SCHEMA, KeptScores
 from mmray.shards import MANIFEST, RECORDS, Committer, Records
 from mmray.storage import Folder
 from mmray.tables import TableLabeler
-from mmray.towers import describe_encoder
 from mmray.verify import Expected, check_file
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -68,7 +61,6 @@ SHARDS_OF_LARGE = 10
 NUM_MISSING = 5
 """Of either kind of file."""
 RECORDS_PART = 1000
-SAMPLES_PER_S = 2
 
 
 class Layout(NamedTuple):
@@ -110,7 +102,7 @@ def lay_down(state: Path, num_shards: int) -> None:
         (state / "input" / path).parent.mkdir(parents=True, exist_ok=True)
         part = named(rows if path.startswith("large") else rows[:1], path)
         pq.write_table(part, state / "input" / path, row_group_size=ROW_GROUP_ROWS)
-    bundle = make_bundle(Folder(str(state / "bundle")), rows["caption"].to_pylist())
+    bundle = make_tiny_bundle(Folder(str(state / "bundle")), rows["caption"].to_pylist())
     config, output = LabelConfig(precision="fp32"), Folder(str(state / "output"))
     plan = plan_labeling(*find_files(str(state / "input")), bundle, output, Columns(), config)
     assert plan.num_shards == num_shards
@@ -135,8 +127,8 @@ def named(rows: pa.Table, path: str) -> pa.Table:
     return rows.set_column(rows.column_names.index("image_id"), "image_id", ids)
 
 
-def make_bundle(folder: Folder, captions: list[str]) -> Bundle:
-    """Make a tiny bundle that was never trained."""
+def make_tiny_bundle(folder: Folder, captions: list[str]) -> Bundle:
+    """Make the smallest bundle there is."""
     config = ModelConfig(
         vision="test_efficientnet",
         text="bert_uncased_L-1_H-32_A-2",
@@ -146,20 +138,7 @@ def make_bundle(folder: Folder, captions: list[str]) -> Bundle:
         num_heads=2,
         pretrained=False,
     )
-    tokenizer, labels = train_tokenizer(captions), Vocabulary(("circle", "square", "triangle"))
-    text_config = describe_encoder(config, len(tokenizer))
-    return save_bundle(
-        folder,
-        model_config=config,
-        text_config=text_config,
-        vocabulary=labels,
-        thresholds=np.full(len(labels), 0.5),
-        calibration=Calibration.identity(len(labels)),
-        tokenizer_files=tokenizer_files(tokenizer),
-        weights=build_model(config, len(labels), text_config).state_dict(),
-        metrics={},
-        card="",
-    )
+    return make_bundle(folder, config, captions, ("circle", "square", "triangle"))
 
 
 def commit(plan: Plan, output: Folder, layout: Layout, labeled: pa.Table) -> None:
@@ -183,58 +162,12 @@ def commit(plan: Plan, output: Folder, layout: Layout, labeled: pa.Table) -> Non
                 records.publish()
 
 
-class Usage(NamedTuple):
-    """What a job took."""
-
-    wall_s: float
-    cpu_s: float
-    """Of all processes."""
-    driver_rss_bytes: int
-    peaks: Counter[str]
-    """Of PSS in bytes, by kind of process; each at a time of its own."""
-
-
 def run_job(state: Path, output: Path) -> Usage:
     """Run `jobs/label.py` to its end."""
     command = [sys.executable, str(JOBS / "label.py"), "--no-gpu"]
     for option, folder in {"input": state / "input", "model": state / "bundle", "output": output}.items():
         command += [f"--{option}", str(folder)]
-    mark, peaks, rss, cpu_s = f"MMRAY_MEASURED={uuid4().hex}", Counter[str](), 0, dict[str, float]()
-    started = time.monotonic()
-    job = subprocess.Popen(command, env=os.environ | dict([mark.split("=")]))
-    while job.poll() is None:
-        peaks |= sampled(job.pid, mark, cpu_s)
-        rss = max(rss, memory(f"/proc/{job.pid}/status", "VmHWM"))
-        time.sleep(1 / SAMPLES_PER_S)
-    wall_s = time.monotonic() - started
-    if job.returncode:
-        raise click.ClickException(f"the job ended with {job.returncode}")
-    return Usage(wall_s, sum(cpu_s.values()), rss, peaks)
-
-
-def sampled(driver: int, mark: str, cpu_s: dict[str, float]) -> Counter[str]:
-    """Sum up the memory of the processes that inherited a mark in their environment, and note their time."""
-    sums = Counter[str]()
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has just ended, or is not ours to read
-            if mark.encode() in (process / "environ").read_bytes().split(b"\0"):
-                worker = (process / "cmdline").read_bytes().startswith(b"ray::")
-                kind = "driver" if process.name == str(driver) else "workers" if worker else "daemons"
-                ticks = (process / "stat").read_text().rpartition(")")[2].split()[11:13]
-                cpu_s[process.name] = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
-                sums[kind] += memory(f"{process}/smaps_rollup", "Pss")
-    return sums | Counter(
-        {"driver and workers": sums["driver"] + sums["workers"], "with Ray's daemons": sums.total()}
-    )
-
-
-def memory(file: str, entry: str) -> int:
-    """Read a number of bytes from what the kernel says of a process; 0 when it has ended."""
-    with suppress(OSError):
-        for line in Path(file).read_text().splitlines():
-            if line.startswith(f"{entry}:"):
-                return int(line.split()[1]) << 10
-    return 0
+    return run_command(command)
 
 
 def copy_output(state: Path, output: Path) -> None:
@@ -300,7 +233,7 @@ def main(num_shards: int, folder: str, verify: bool) -> None:
     usage = run_job(state, output)
     click.echo(f"{num_shards:,} shards, resumed in {usage.wall_s:.1f} s")
     click.echo(f"CPU time: {usage.cpu_s:.0f} s, where the load was {load:.1f} before")
-    click.echo(f"driver: {usage.driver_rss_bytes / 1e6:,.0f} MB of RSS at most")
+    click.echo(f"driver: {usage.rss_bytes / 1e6:,.0f} MB of RSS at most")
     for name, num_bytes in usage.peaks.items():
         click.echo(f"{name}: {num_bytes / 1e6:,.0f} MB of PSS at most")
     found = list(problems(state, output, Layout.of(num_shards)))
