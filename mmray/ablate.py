@@ -166,8 +166,9 @@ def ablate(
     """
     if "self-training" in config.axes and places.unlabeled_uri is None:
         raise ConfigError("the axis self-training needs --unlabeled")
+    places, donors = places.absolute(), tuple(Folder(uri).uri for uri in base.train.init)
+    base = replace(base, train=replace(base.train, init=donors))
     output, variants = Folder(output_uri), list(variants_of(base, config))
-    places = places.absolute()
     require_same_data(output, places)
     experiments = {
         seeded.name(): seeded

@@ -118,6 +118,22 @@ class Bundle:
 
         from mmray.model import build_model
 
+        data = self.weights()
+        model = build_model(self.model_config, len(self.vocabulary), self.text_config)
+        try:
+            model.load_state_dict(safetensors.torch.load(data))
+        except RuntimeError as error:
+            raise BundleError(
+                f"{self.folder}: weights of another model: {' '.join(str(error).split())[:300]}"
+            ) from None
+        return model.eval()
+
+    def weights(self) -> bytes:
+        """Read the weights, a safetensors file.
+
+        Raises:
+            BundleError: they are missing or damaged.
+        """
         try:
             data = self.folder.read("model.safetensors")
         except FileNotFoundError:
@@ -128,14 +144,7 @@ class Bundle:
             raise BundleError(
                 f"{self.folder}/model.safetensors is damaged: its sum is not the one in config.json"
             )
-        model = build_model(self.model_config, len(self.vocabulary), self.text_config)
-        try:
-            model.load_state_dict(safetensors.torch.load(data))
-        except RuntimeError as error:
-            raise BundleError(
-                f"{self.folder}: weights of another model: {' '.join(str(error).split())[:300]}"
-            ) from None
-        return model.eval()
+        return data
 
     def tokenizer(self) -> Any:
         """Load the tokenizer."""

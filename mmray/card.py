@@ -35,7 +35,7 @@ def model_card(model: ModelConfig, metrics: dict[str, Any]) -> str:
         f"{model.fusion}.\n"
         f"- Trained on {training['num_rows']:,} rows of {' and '.join(training['datasets'])}, "
         f"{training['num_labeled']:,} of them with labels of their own; epoch {metrics['epoch']} of "
-        f"{len(metrics['history'])} was the best.",
+        f"{len(metrics['history'])} was the best.{_origin(training['init'])}",
         "## How good it is",
         f"On {metrics['num_rows']:,} validation rows, which also chose epoch, calibration and thresholds. "
         f"Thresholds are one a label; at a single one sample F1 is {by_decision['single']['sample_f1']:.3f}. "
@@ -49,6 +49,12 @@ def model_card(model: ModelConfig, metrics: dict[str, Any]) -> str:
         "    python jobs/label.py --input DATA --model THIS_FOLDER --output LABELED",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _origin(donors: dict[str, str]) -> str:
+    """Tell which parts did not start from nothing, or from published weights."""
+    parts = [f"{part} from the bundle {name}" for part, name in donors.items()]
+    return f"\n- Started from other bundles: {', '.join(parts)}." if parts else ""
 
 
 def _by_modality(metrics: dict[str, Any]) -> str:

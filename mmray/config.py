@@ -124,6 +124,10 @@ class TrainConfig:
     rand_augment: float = option(0.0, "Magnitude of RandAugment, 0 to 10; 0 is off.")
     word_dropout: float = option(0.1, "Share of the captions' tokens that are masked.")
     modality_dropout: float = option(0.1, "Share of rows that lose their image; as many, a caption.")
+    word_weight: float = option(
+        0.0, "What a word weighs against a label, where the image tells its caption's; 0 is off."
+    )
+    init: tuple[str, ...] = option((), "Bundle whose towers learning starts from; repeatable.")
     seed: int = option(0, "Seed of shuffling, augmentation and initial weights.")
 
     def __post_init__(self) -> None:
@@ -142,6 +146,7 @@ class TrainConfig:
         require_range("--rand-augment", self.rand_augment, 0, 10)
         require_range("--word-dropout", self.word_dropout, 0, 0.9)
         require_range("--modality-dropout", self.modality_dropout, 0, 0.5)
+        require_range("--word-weight", self.word_weight, 0, 100)
         require_range("--clip-norm", self.clip_norm, 1e-6, 1e6)
 
 

@@ -209,7 +209,7 @@ def decode_rows(
     targets, mask = (as_matrix(block[name]) for name in ("targets", "mask"))
     return {
         "pixels": pixels,
-        "caption": np.array([row.caption or "" for row in rows], object),
+        "caption": np.array([caption or "" for caption in captions], object),
         "has_image": np.array([row.pixels is not None for row in rows], bool),
         "has_caption": np.array([row.caption is not None for row in rows], bool),
         "valid": valid,

@@ -14,11 +14,12 @@ import safetensors.torch
 import torch
 from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmray.config import TrainConfig
 from mmray.losses import asymmetric, binary_cross_entropy, class_weights, focal
 from mmray.model import Inputs, MultimodalModel
+from mmray.words import WithWords, word_loss
 
 BASE_BATCH_SIZE = 64
 """Global batch that `learning_rate` is meant for."""
@@ -42,7 +43,8 @@ class Learner:
         positives: np.ndarray,
         steps_per_epoch: int,
         world_size: int = 1,
-        forward: Callable[[Inputs], Tensor] | None = None,
+        num_words: int = 0,
+        wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
     ) -> None:
         """Set learning up.
 
@@ -53,11 +55,16 @@ class Learner:
             positives: int64 (L,), training rows that bear each label.
             steps_per_epoch: of each worker.
             world_size: workers; the rate grows with the square root of the global batch, as Adam's does.
-            forward: the model wrapped for distributed training [default: the model].
+            num_words: V, of the captions' vocabulary.
+            wrap: makes a module ready for distributed training.
         """
-        self.model, self.config, self.forward = model, config, forward or model
+        self.model, self.config = model, config
         self.device = next(model.parameters()).device
-        self.optimizer = torch.optim.AdamW(param_groups_weight_decay(model, config.weight_decay))
+        tells = config.word_weight and model.image is not None
+        self.with_words = WithWords(model, num_words).to(self.device) if tells else None
+        self.module = self.with_words or model
+        self.forward = wrap(self.module)
+        self.optimizer = torch.optim.AdamW(param_groups_weight_decay(self.module, config.weight_decay))
         self.ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.total_steps = config.epochs * steps_per_epoch
         self.warmup_steps = config.warmup_epochs * steps_per_epoch
@@ -74,26 +81,30 @@ class Learner:
         """The model that is validated and kept: of averaged weights, if these are asked for."""
         return self.ema.module if self.ema else self.model
 
-    def step(self, inputs: Inputs, targets: Tensor, mask: Tensor) -> Tensor:
+    def step(self, inputs: Inputs, targets: Tensor, mask: Tensor, words: Tensor | None = None) -> Tensor:
         """Take one step.
 
         Args:
             inputs: B rows.
             targets: float32 (B, L), multi-hot or soft.
             mask: bool (B, L); other labels of a row teach nothing.
+            words: float32 (B, V), of the captions, where the recipe gives them a weight.
 
         Returns:
-            loss: float32, on the device, so that nothing waits for it.
+            loss: float32, of the labels alone; on the device, so that nothing waits for it.
         """
-        self.model.train()
+        self.module.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
         with self.autocast():
-            logits = self.forward(inputs)
-        loss = self.loss(logits, targets, mask)
+            outputs = self.forward(inputs)
+        logits, told = outputs if self.with_words else (outputs, None)
+        total = loss = self.loss(logits, targets, mask)
+        if words is not None and told is not None:
+            total = loss + self.config.word_weight * word_loss(told, words) / logits.shape[1]
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip_norm)
         self.optimizer.step()
         self.num_steps += 1
         if self.ema:
@@ -131,6 +142,8 @@ class Learner:
         """Write a checkpoint, together with what the caller wants to know when it is loaded."""
         safetensors.torch.save_file(_contiguous(self.model), folder / "model.safetensors")
         safetensors.torch.save_file(_contiguous(self.averaged), folder / "averaged.safetensors")
+        if self.with_words:
+            safetensors.torch.save_file(_contiguous(self.with_words.head), folder / "words.safetensors")
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
         (folder / PROGRESS).write_text(json.dumps(progress | {"num_steps": self.num_steps}))
 
@@ -139,6 +152,8 @@ class Learner:
         self.model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
         if self.ema:
             self.ema.module.load_state_dict(safetensors.torch.load_file(folder / "averaged.safetensors"))
+        if self.with_words:
+            self.with_words.head.load_state_dict(safetensors.torch.load_file(folder / "words.safetensors"))
         state = torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True)
         self.optimizer.load_state_dict(state)
         progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
@@ -207,5 +222,5 @@ def drop_words(
     return inputs._replace(input_ids=ids.masked_fill(dropped, mask_id))
 
 
-def _contiguous(model: MultimodalModel) -> dict[str, Tensor]:
+def _contiguous(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}

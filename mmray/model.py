@@ -5,6 +5,8 @@ Shapes: B rows, S pixels a side, N image tokens (places of the feature map), T c
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -151,26 +153,36 @@ class MultimodalModel(nn.Module):
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Turn a batch into logits (B, L)."""
-        if self.caption is None:
-            assert self.image is not None
-            return self.head(self.image(inputs.pixels).mean(1))
-        caption = self.caption(inputs.input_ids, inputs.attention_mask)
-        if self.image is None:
+        return self.fuse(*self.towers(inputs), inputs)
+
+    def towers(self, inputs: Inputs) -> tuple[Tensor | None, Tensor | None]:
+        """Turn a batch into image tokens (B, N, C) and caption tokens (B, T, D), None without the tower."""
+        return (
+            self.image(inputs.pixels) if self.image else None,
+            self.caption(inputs.input_ids, inputs.attention_mask) if self.caption else None,
+        )
+
+    def fuse(self, image: Tensor | None, caption: Tensor | None, inputs: Inputs) -> Tensor:
+        """Turn what the towers gave into logits (B, L)."""
+        if caption is None:
+            assert image is not None
+            return self.head(image.mean(1))
+        if image is None:
             return self.head(masked_mean(caption, inputs.attention_mask))
-        return self.head(self.image(inputs.pixels), caption, inputs)
+        return self.head(image, caption, inputs)
 
     def readings(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Turn a batch into logits (B, L), and those of the image and of the caption alone (B, 2, L).
 
         Each tower runs once. A model of one modality has nothing to leave out: (B, 0, L).
         """
-        if self.image is None or self.caption is None:
-            logits: Tensor = self(inputs)
+        image, caption = self.towers(inputs)
+        if image is None or caption is None:
+            logits = self.fuse(image, caption, inputs)
             return logits, logits.new_zeros(len(logits), 0, logits.shape[1])
-        image, caption = self.image(inputs.pixels), self.caption(inputs.input_ids, inputs.attention_mask)
         none = torch.zeros_like(inputs.has_image)
         views = (inputs, inputs._replace(has_caption=none), inputs._replace(has_image=none))
-        both, *alone = (self.head(image, caption, view) for view in views)
+        both, *alone = (self.fuse(image, caption, view) for view in views)
         return both, torch.stack(alone, 1)
 
     def num_bytes(self) -> dict[str, int]:
@@ -181,15 +193,24 @@ class MultimodalModel(nn.Module):
         }
 
 
-def build_model(config: ModelConfig, num_labels: int, text_config: dict[str, Any]) -> MultimodalModel:
-    """Build the model that the config describes; `text_config` is what `describe_encoder` gave.
+def build_model(
+    config: ModelConfig, num_labels: int, text_config: dict[str, Any], donated: Collection[str] = ()
+) -> MultimodalModel:
+    """Build the model that the config describes.
+
+    Args:
+        config: what it is made of.
+        num_labels: L.
+        text_config: what `describe_encoder` gave.
+        donated: parts (`image`, `caption`) whose weights will come from elsewhere: none are fetched.
 
     Raises:
         ConfigError: a tower is unknown, or published weights are out of reach.
     """
-    fusion = config.fusion
-    image = ImageTower(config) if fusion != "text" else None
-    caption = create_caption_tower(config, text_config) if fusion != "image" else None
+    fusion, bare = config.fusion, replace(config, pretrained=False)
+    image = ImageTower(bare if "image" in donated else config) if fusion != "text" else None
+    as_described = bare if "caption" in donated else config
+    caption = create_caption_tower(as_described, text_config) if fusion != "image" else None
     if image is None or caption is None:
         tower = image or caption
         assert tower is not None

@@ -7,19 +7,22 @@ OUTPUT/_train/tokenizer/
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from mmray.bundle import tokenizer_files
+from mmray.bundle import Bundle, tokenizer_files
 from mmray.captions import load_tokenizer, train_tokenizer
 from mmray.config import ModelConfig, TrainConfig, differences, fingerprint
 from mmray.datasets import Rows, count_labels, sample_captions
 from mmray.errors import DataError, OutputError
+from mmray.model import MultimodalModel, build_model
 from mmray.schema import Vocabulary
 from mmray.storage import Folder
 from mmray.towers import describe_encoder
+from mmray.warm_start import take_over
 
 CAPTIONS_FOR_TOKENIZER = 1_000_000
 RUN = "_train"
@@ -37,9 +40,24 @@ class Start:
     """int64 (L,), those that bear each label."""
     text_config: dict[str, Any]
     tokenizer_files: dict[str, bytes]
+    donors: dict[str, Bundle]
+    """Parts of the model that earlier bundles give."""
+
+    def build(self, config: ModelConfig) -> MultimodalModel:
+        """Build the model, with what donors give.
+
+        Raises:
+            ConfigError: a tower is unknown or out of reach, or a donor's does not fit.
+            BundleError: a donor's weights are missing or damaged.
+        """
+        model = build_model(config, len(self.vocabulary), self.text_config, self.donors)
+        take_over(model, self.donors, self.vocabulary)
+        return model
 
 
-def recipe_of(parts: list[Rows], val: Rows, model: ModelConfig, train: TrainConfig) -> dict[str, Any]:
+def recipe_of(
+    parts: list[Rows], val: Rows, model: ModelConfig, train: TrainConfig, donors: Mapping[str, Bundle]
+) -> dict[str, Any]:
     """Give all that the trained model depends on."""
     columns = asdict(val.columns) | {"image_prefixes": [*val.columns.image_prefixes]}  # JSON has no tuples
     return {
@@ -47,7 +65,7 @@ def recipe_of(parts: list[Rows], val: Rows, model: ModelConfig, train: TrainConf
         "val": fingerprint(val.identity()),
         "columns": columns,
         "model": asdict(model),
-        "train": asdict(train),
+        "train": asdict(train) | {"init": {part: bundle.fingerprint for part, bundle in donors.items()}},
     }
 
 
@@ -67,7 +85,9 @@ def is_finished(output: Folder, recipe: dict[str, Any]) -> bool:
     return finished
 
 
-def prepare_start(output: Folder, parts: list[Rows], val: Rows, model: ModelConfig) -> Start:
+def prepare_start(
+    output: Folder, parts: list[Rows], val: Rows, model: ModelConfig, donors: dict[str, Bundle]
+) -> Start:
     """Find what training starts from, or make and publish it.
 
     Raises:
@@ -83,18 +103,21 @@ def prepare_start(output: Folder, parts: list[Rows], val: Rows, model: ModelConf
             np.array(record["positives"], np.int64),
             record["text_config"],
             files,
+            donors,
         )
     vocabulary, positives = count_labels(parts[0])
     unknown = sorted(set(count_labels(val)[0].labels) - set(vocabulary.labels), key=str)
     if unknown:
         raise DataError(f"{val.folder}: labels {unknown[:5]} occur in validation and never in training")
-    if model.pretrained:
+    if donor := donors.get("caption"):
+        text_config, files = donor.text_config, donor.tokenizer_files
+    elif model.pretrained:
         text_config = describe_encoder(model)  # first, since it knows best what is out of reach
-        tokenizer = load_tokenizer(model.text)
+        files = tokenizer_files(load_tokenizer(model.text))
     else:
         tokenizer = train_tokenizer(sample_captions(parts, CAPTIONS_FOR_TOKENIZER))
-        text_config = describe_encoder(model, len(tokenizer))
-    start = Start(vocabulary, parts[0].num_rows, positives, text_config, tokenizer_files(tokenizer))
+        text_config, files = describe_encoder(model, len(tokenizer)), tokenizer_files(tokenizer)
+    start = Start(vocabulary, parts[0].num_rows, positives, text_config, files, donors)
     for name, data in start.tokenizer_files.items():
         output.publish(f"{RUN}/tokenizer/{name}", data)
     record = {

@@ -33,12 +33,12 @@ from mmray.datasets import ExactValidation, Rows, decode_rows, examples
 from mmray.errors import DataError
 from mmray.images import Augmentation
 from mmray.learner import PROGRESS
-from mmray.model import build_model
 from mmray.progress import Progress
 from mmray.resources import Resources
 from mmray.start import RECIPE, RUN, is_finished, prepare_start, recipe_of
 from mmray.storage import Folder
 from mmray.validation import VALIDATION, Validation
+from mmray.warm_start import find_donors
 from mmray.worker import TrainJob, train_worker
 
 log = logging.getLogger(__name__)
@@ -95,12 +95,13 @@ def train_model(
     workers = TrainWorkers.on_cluster(compute)
     if rows.num_rows < workers.scaling.maximum:
         raise DataError(f"{data_uri}: {rows.num_rows} rows for {workers.scaling.maximum} workers; use fewer")
-    recipe = recipe_of(parts, val, model, train)
+    donors = find_donors(model, train.init)
+    recipe = recipe_of(parts, val, model, train, donors)
     if is_finished(output, recipe):
         bundle = Bundle.load(output_uri)
         return TrainingResult(bundle, output.read_json("metrics.json"), time.monotonic() - started, True)
-    start = prepare_start(output, parts, val, model)
-    built = build_model(model, len(start.vocabulary), start.text_config)
+    start = prepare_start(output, parts, val, model, donors)
+    built = start.build(model)
     sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in built.num_bytes().items())
     log.info("model: %s", sizes)
     output.publish_json(RECIPE, recipe)  # what cannot be built has taken no output
@@ -239,6 +240,7 @@ def save_best(
         "by_label": {
             str(label): int(n) for label, n in zip(start.vocabulary.labels, start.positives, strict=True)
         },
+        "init": {part: PurePosixPath(donor.folder.uri).name for part, donor in start.donors.items()},
     }
     bundle = save_bundle(
         output,

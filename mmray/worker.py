@@ -21,10 +21,10 @@ from mmray.captions import tokenize
 from mmray.config import ModelConfig, TrainConfig
 from mmray.events import EVENTS, event_file
 from mmray.learner import Batches, Learner, drop_modalities, drop_words, freeze_unused, inputs_of
-from mmray.model import build_model
 from mmray.start import Start
 from mmray.storage import Folder
 from mmray.validation import Validation, add_up
+from mmray.words import words_of
 
 SHUFFLE_BUFFER_BYTES = 256 << 20
 NEWS_INTERVAL_S = 0.5
@@ -104,7 +104,7 @@ def train_worker(config: dict[str, Any]) -> None:
 def make_learner(job: TrainJob, steps_per_epoch: int, world_size: int) -> Learner:
     """Build the model on the worker's device, the same weights on all workers, ready to learn."""
     torch.manual_seed(job.train.seed)
-    model = build_model(job.model, len(job.start.vocabulary), job.start.text_config)
+    model = job.start.build(job.model)
     freeze_unused(model, job.model.image_size)
     model.to(ray.train.torch.get_device())
     return Learner(
@@ -114,7 +114,8 @@ def make_learner(job: TrainJob, steps_per_epoch: int, world_size: int) -> Learne
         positives=job.start.positives,
         steps_per_epoch=steps_per_epoch,
         world_size=world_size,
-        forward=ray.train.torch.prepare_model(model),
+        num_words=job.start.text_config["vocab_size"],
+        wrap=ray.train.torch.prepare_model,
     )
 
 
@@ -124,10 +125,13 @@ def train_epoch(learner: Learner, batches: Batches, tokenizer: Any) -> float:
     generator = torch.Generator().manual_seed(torch.initial_seed())
     total = torch.zeros(2, device=learner.device)
     for batch in batches:
-        inputs = drop_modalities(inputs_of(batch, learner.device), config.modality_dropout, generator)
+        whole = inputs_of(batch, learner.device)
+        inputs = drop_modalities(whole, config.modality_dropout, generator)
         if mask_id is not None:
             inputs = drop_words(inputs, config.word_dropout, mask_id, special_ids, generator)
-        loss = learner.step(inputs, batch["targets"].to(learner.device), batch["mask"].to(learner.device))
+        words = words_of(whole, len(tokenizer), special_ids) if learner.with_words else None
+        targets, mask = batch["targets"].to(learner.device), batch["mask"].to(learner.device)
+        loss = learner.step(inputs, targets, mask, words)
         total += torch.stack([loss, torch.ones_like(loss)])
     add_up(total)
     return float(total[0] / total[1].clamp(min=1))

@@ -14,10 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmray.bundle import Bundle
 from mmray.config import Columns, ComputeConfig, ModelConfig, TrainConfig
 from mmray.datasets import Rows
 from mmray.demo import draw_scene
 from mmray.errors import ConfigError, DataError, OutputError
+from mmray.learner import PROGRESS
 from mmray.storage import Folder
 from mmray.training import train_model
 
@@ -111,10 +113,13 @@ def test_gpus_that_are_not_there_are_refused(scenes, tmp_path):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_killed_run_goes_on_from_its_checkpoint_and_a_finished_one_does_nothing(scenes, tmp_path):
+def test_a_killed_run_goes_on_from_its_checkpoint_and_a_finished_one_does_nothing(
+    scenes, bundle_uri, tmp_path
+):
     import ray
 
     settings = {"vision": "test_efficientnet", "image-size": 32, "max-tokens": 16, "width": 32, "epochs": 2}
+    settings |= {"text": "bert_uncased_L-1_H-32_A-2", "word-weight": 0.5, "init": bundle_uri}
     command = [sys.executable, str(JOBS / "train.py"), "--data", scenes["train"], "--val", scenes["val"]]
     command += ["--output", str(tmp_path / "out"), "--no-pretrained", "--no-gpu"]
     command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
@@ -133,21 +138,27 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_a_finished_one_does_nothin
     first.wait()
     assert not (tmp_path / "out" / "config.json").exists()
 
-    (first_epoch,) = known_checkpoints(known)
+    (name,) = known_checkpoints(known)
+    first_epochs = json.loads((known.parent / name / PROGRESS).read_text())["history"]
 
     # In this process, which has Ray already: the same recipe as the command's, and another one.
-    train, compute = TrainConfig(epochs=2), ComputeConfig(use_gpu=False)
+    model, compute = replace(MODEL, text="bert_uncased_L-1_H-32_A-2"), ComputeConfig(use_gpu=False)
+    train = TrainConfig(epochs=2, word_weight=0.5, init=(bundle_uri,))
     places = (scenes["train"], scenes["val"], str(tmp_path / "out"))
-    second = train_model(*places, MODEL, train, compute=compute)
+    second = train_model(*places, model, train, compute=compute)
     assert not second.resumed
-    assert first_epoch in known_checkpoints(known)
-    assert sorted(known_checkpoints(known).values()) == [1, 2], "an epoch was repeated"
+    assert 2 in known_checkpoints(known).values()
+    assert second.metrics["history"][:1] == first_epochs, "an epoch was repeated"
+    assert [epoch["epoch"] for epoch in second.metrics["history"]] == [1, 2]
 
-    third = train_model(*places, MODEL, train, compute=compute)
+    third = train_model(*places, model, train, compute=compute)
     assert third.resumed
     assert third.bundle.fingerprint == second.bundle.fingerprint
     with pytest.raises(OutputError, match=r"learning_rate: 0\.001 -> 0\.5"):
-        train_model(*places, MODEL, replace(train, learning_rate=0.5))
+        train_model(*places, model, replace(train, learning_rate=0.5))
+    assert second.bundle.tokenizer_files == Bundle.load(bundle_uri).tokenizer_files
+    with pytest.raises(OutputError, match=rf"init\.caption: '{Bundle.load(bundle_uri).fingerprint}' -> None"):
+        train_model(*places, model, replace(train, init=()))
 
 
 def known_checkpoints(snapshot):

@@ -26,6 +26,7 @@ def test_it_tells_what_a_user_must_know():
             "num_rows": 15_000,
             "num_labeled": 13_000,
             "by_label": {"a|b": 77},
+            "init": {"image": "photos-first"},
         },
         by_decision={"single": {"sample_f1": 0.79}},
         by_modality={"image": summary(sample_f1=0.4), "caption": summary(sample_f1=0.75)},
@@ -34,6 +35,7 @@ def test_it_tells_what_a_user_must_know():
     for words in (
         "resnet18 at 380 px",
         "Trained on 15,000 rows of photos and more, 13,000 of them with labels of their own; epoch 2 of 3",
+        "- Started from other bundles: image from the bundle photos-first.",
         "| image and caption | 0.800 | 0.700 | 0.600 |",
         "| the image alone | 0.400 | 0.700 | 0.600 |",
         "| a\\|b | 0.500 | 0.250 | 0.333 |  | 1,200 | 77 |",
@@ -48,9 +50,9 @@ def test_a_model_of_one_modality_has_one_line():
         epoch=1,
         ece_uncalibrated=0.02,
         history=[{}],
-        training={"datasets": ["a"], "num_rows": 10, "num_labeled": 10, "by_label": {"a|b": 7}},
+        training={"datasets": ["a"], "num_rows": 10, "num_labeled": 10, "by_label": {"a|b": 7}, "init": {}},
         by_decision={"single": {"sample_f1": 0.79}},
         by_modality={},
     )
     card = model_card(ModelConfig(fusion="text", pretrained=False), metrics)
-    assert "| all | 0.800 |" in card and "| the " not in card
+    assert "| all | 0.800 |" in card and "other bundles" not in card and "| the " not in card

@@ -272,13 +272,16 @@ def test_the_loss_is_the_recipes_and_rare_labels_weigh_more_where_it_is_weighted
 def test_a_wrapped_model_is_what_steps_run():
     model, seen = built(), []
 
-    def forward(inputs):
-        seen.append(len(inputs.pixels))
-        return model(inputs)
+    def wrap(module):
+        def forward(inputs):
+            seen.append((module, len(inputs.pixels)))
+            return module(inputs)
 
-    learning = Learner(model, TRAIN, num_rows=8, positives=POSITIVES, steps_per_epoch=2, forward=forward)
+        return forward
+
+    learning = Learner(model, TRAIN, num_rows=8, positives=POSITIVES, steps_per_epoch=2, wrap=wrap)
     learning.step(*batch())
-    assert seen == [8]
+    assert seen == [(model, 8)]
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

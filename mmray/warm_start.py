@@ -1,0 +1,71 @@
+"""Start from what earlier bundles learned: their towers, their fusion where it is the same, their words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import safetensors.torch
+
+from mmray.bundle import Bundle
+from mmray.config import ModelConfig
+from mmray.errors import ConfigError
+from mmray.model import MultimodalModel
+from mmray.schema import Vocabulary
+
+SAME_HEAD = ("fusion", "vision", "text", "width", "num_heads")
+"""Settings in which models must agree before one's head fits the other."""
+
+
+def find_donors(config: ModelConfig, uris: Iterable[str]) -> dict[str, Bundle]:
+    """Choose where each part of a model comes from.
+
+    Args:
+        config: of the model that will learn.
+        uris: bundles; of several that have a part, the last one gives it.
+
+    Returns:
+        `image`, `caption` and `head`, as far as a bundle has them, to that bundle.
+
+    Raises:
+        BundleError: a bundle is incomplete or damaged.
+        ConfigError: a bundle's tower is another one, or it has nothing to give.
+    """
+    donors: dict[str, Bundle] = {}
+    for uri in uris:
+        bundle, found = Bundle.load(uri), set[str]()
+        theirs = bundle.model_config
+        for part, name, without in (("image", "vision", "text"), ("caption", "text", "image")):
+            if without in (theirs.fusion, config.fusion):
+                continue
+            ours, its = getattr(config, name), getattr(theirs, name)
+            if its != ours:
+                raise ConfigError(f"--init {uri} has the tower {its}, not {ours}; use --{name} {its}")
+            found.add(part)
+        if not found:
+            raise ConfigError(
+                f"--init {uri} ({theirs.fusion}) has no tower that --fusion {config.fusion} uses"
+            )
+        if all(getattr(theirs, name) == getattr(config, name) for name in SAME_HEAD):
+            found.add("head")
+        donors |= dict.fromkeys(found, bundle)
+    return donors
+
+
+def take_over(model: MultimodalModel, donors: Mapping[str, Bundle], vocabulary: Vocabulary) -> None:
+    """Copy the donors' weights into a model; a head of other labels stays as it is.
+
+    Raises:
+        BundleError: weights are missing or damaged.
+        ConfigError: a tower has another size.
+    """
+    for part, bundle in donors.items():
+        if part == "head" and bundle.vocabulary != vocabulary:
+            continue
+        prefix = f"{part}."
+        weights = safetensors.torch.load(bundle.weights())
+        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        try:
+            model.get_submodule(part).load_state_dict(own)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(f"--init {bundle.folder}: its {part} does not fit: {reason}") from None
