@@ -25,12 +25,7 @@ CONFIG = ModelConfig(
 CAPTIONS = ["a dog on the grass", "a cat on a red car", "the bus waits"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -37,12 +37,7 @@ LABELS = ("bus", "cat", "dog", "person")
 OK, NO_CAPTION, NO_IMAGE, BAD_IMAGE, FAILED = Status
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def image(seed, kind="PNG"):

@@ -27,12 +27,7 @@ TRAIN = TrainConfig(epochs=3, warmup_epochs=1.0, batch_size_per_worker=BASE_BATC
 POSITIVES = np.array([4, 2, 5])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def built(**changes):

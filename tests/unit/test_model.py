@@ -16,13 +16,7 @@ NUM_WORDS = 40
 BOTH = [fusion for fusion in FUSIONS if fusion not in ("image", "text")]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Keep tiny models off threads, which cost them more than they give, and much more on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config_of(**settings):

@@ -27,12 +27,7 @@ MODEL = ModelConfig(
 TRAIN = TrainConfig(epochs=3, warmup_epochs=0, learning_rate=1e-2, word_weight=1.0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def built(fusion="image"):
