@@ -33,7 +33,7 @@ test-faults: setup
 test-recipes: setup
 	$(BIN)/python -m pytest -m recipe -s
 
-# Labeling beside other engines, in turns: hours on two CPUs. Prints tables and writes build/bench.json.
+# Labeling beside other engines, in turns. Prints tables and writes build/bench.json.
 bench: setup build/peers/installed
 	$(BIN)/python tests/peers/bench.py
 

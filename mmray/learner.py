@@ -58,7 +58,7 @@ class Learner:
             num_words: V, of the captions' vocabulary.
             wrap: makes a module ready for distributed training.
         """
-        self.model, self.config = model, config
+        self.model, self.config, self.num_words = model, config, num_words
         self.device = next(model.parameters()).device
         tells = config.word_weight and model.image is not None
         self.with_words = WithWords(model, num_words).to(self.device) if tells else None

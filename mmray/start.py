@@ -22,7 +22,7 @@ from mmray.model import MultimodalModel, build_model
 from mmray.schema import Vocabulary
 from mmray.storage import Folder
 from mmray.towers import describe_encoder
-from mmray.warm_start import take_over
+from mmray.warm_start import take_over, without_other_labels
 
 CAPTIONS_FOR_TOKENIZER = 1_000_000
 RUN = "_train"
@@ -51,7 +51,7 @@ class Start:
             BundleError: a donor's weights are missing or damaged.
         """
         model = build_model(config, len(self.vocabulary), self.text_config, self.donors)
-        take_over(model, self.donors, self.vocabulary)
+        take_over(model, self.donors)
         return model
 
 
@@ -103,7 +103,7 @@ def prepare_start(
             np.array(record["positives"], np.int64),
             record["text_config"],
             files,
-            donors,
+            without_other_labels(donors, vocabulary),
         )
     vocabulary, positives = count_labels(parts[0])
     unknown = sorted(set(count_labels(val)[0].labels) - set(vocabulary.labels), key=str)
@@ -117,7 +117,8 @@ def prepare_start(
     else:
         tokenizer = train_tokenizer(sample_captions(parts, CAPTIONS_FOR_TOKENIZER))
         text_config, files = describe_encoder(model, len(tokenizer)), tokenizer_files(tokenizer)
-    start = Start(vocabulary, parts[0].num_rows, positives, text_config, files, donors)
+    taken = without_other_labels(donors, vocabulary)
+    start = Start(vocabulary, parts[0].num_rows, positives, text_config, files, taken)
     for name, data in start.tokenizer_files.items():
         output.publish(f"{RUN}/tokenizer/{name}", data)
     record = {

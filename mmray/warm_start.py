@@ -51,16 +51,21 @@ def find_donors(config: ModelConfig, uris: Iterable[str]) -> dict[str, Bundle]:
     return donors
 
 
-def take_over(model: MultimodalModel, donors: Mapping[str, Bundle], vocabulary: Vocabulary) -> None:
-    """Copy the donors' weights into a model; a head of other labels stays as it is.
+def without_other_labels(donors: Mapping[str, Bundle], vocabulary: Vocabulary) -> dict[str, Bundle]:
+    """Leave out a head whose labels are not the model's."""
+    return {
+        part: bundle for part, bundle in donors.items() if part != "head" or bundle.vocabulary == vocabulary
+    }
+
+
+def take_over(model: MultimodalModel, donors: Mapping[str, Bundle]) -> None:
+    """Copy the donors' weights into a model.
 
     Raises:
         BundleError: weights are missing or damaged.
         ConfigError: a tower has another size.
     """
     for part, bundle in donors.items():
-        if part == "head" and bundle.vocabulary != vocabulary:
-            continue
         prefix = f"{part}."
         weights = safetensors.torch.load(bundle.weights())
         own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}

@@ -114,7 +114,7 @@ def make_learner(job: TrainJob, steps_per_epoch: int, world_size: int) -> Learne
         positives=job.start.positives,
         steps_per_epoch=steps_per_epoch,
         world_size=world_size,
-        num_words=job.start.text_config["vocab_size"],
+        num_words=job.start.text_config.get("vocab_size", 0),
         wrap=ray.train.torch.prepare_model,
     )
 
@@ -129,7 +129,7 @@ def train_epoch(learner: Learner, batches: Batches, tokenizer: Any) -> float:
         inputs = drop_modalities(whole, config.modality_dropout, generator)
         if mask_id is not None:
             inputs = drop_words(inputs, config.word_dropout, mask_id, special_ids, generator)
-        words = words_of(whole, len(tokenizer), special_ids) if learner.with_words else None
+        words = words_of(whole, learner.num_words, special_ids) if learner.with_words else None
         targets, mask = batch["targets"].to(learner.device), batch["mask"].to(learner.device)
         loss = learner.step(inputs, targets, mask, words)
         total += torch.stack([loss, torch.ones_like(loss)])

@@ -9,7 +9,7 @@ from mmray.bundle import Bundle
 from mmray.errors import ConfigError
 from mmray.model import build_model
 from mmray.schema import Vocabulary
-from mmray.warm_start import find_donors, take_over
+from mmray.warm_start import find_donors, take_over, without_other_labels
 
 LABELS = ("circle", "square", "triangle")
 
@@ -44,7 +44,7 @@ def test_towers_come_from_the_last_bundle_that_has_them_and_the_head_stays_new(b
         "caption": bundles["text"],
     }
     model, untouched = fresh(config, donors), fresh(config, donors)
-    take_over(model, donors, Vocabulary(LABELS))
+    take_over(model, without_other_labels(donors, Vocabulary(LABELS)))
     assert same(model.image, donors["image"].model().image)
     assert same(model.caption, donors["caption"].model().caption)
     assert same(model.head, untouched.head)
@@ -54,7 +54,7 @@ def test_the_same_model_takes_everything_over(bundles):
     config = config_of(bundles["logits"])
     donors = find_donors(config, [bundles["logits"]])
     model = fresh(config, donors)
-    take_over(model, donors, Vocabulary(LABELS))
+    take_over(model, without_other_labels(donors, Vocabulary(LABELS)))
     assert same(model, Bundle.load(bundles["logits"]).model())
 
 
@@ -62,7 +62,7 @@ def test_a_head_of_other_labels_is_not_taken(bundles):
     config = config_of(bundles["logits"])
     donors = find_donors(config, [bundles["logits"]])
     model, untouched = fresh(config, donors), fresh(config, donors)
-    take_over(model, donors, Vocabulary(("a", "b", "c")))
+    take_over(model, without_other_labels(donors, Vocabulary(("a", "b", "c"))))
     assert same(model.head, untouched.head) and same(model.image, donors["image"].model().image)
 
 

@@ -59,9 +59,8 @@ def side_px(uri: str) -> int:
     return Bundle.load(uri).model_config.image_size
 
 
-def decode(data: bytes, size_px: int) -> np.ndarray:
-    """Decode as mmray does: uint8 (S, S, 3)."""
-    return decode_image(data, size_px)
+decode = decode_image
+"""As mmray does: (bytes, S) -> uint8 (S, S, 3)."""
 
 
 def decode_by_pillow(data: bytes, size_px: int) -> np.ndarray:
