@@ -1,6 +1,6 @@
 """Hold labeling against its peers, side by side, and the forecast of `jobs/bench.py` against the run.
 
-    make bench    or    python tests/peers/bench.py [--stub-rows N] [--model-rows N] [--repeats N] [--only TEXT] [--output F]
+    make bench    or    python tests/peers/bench.py [--repeats N] [--only TEXT] [--output F]; --help says more
 
 Every engine runs as a command of its own, from nothing to its exit, in turns, so that what the machine does
 beside touches all alike. The order of a turn is drawn anew each time.
