@@ -1,8 +1,8 @@
-# make demo | test | test-faults | test-swift | test-recipes | bench | check | lock. The first one sets everything up, in .venv.
+# make demo | test | test-cluster | test-faults | test-swift | test-recipes | bench | check | lock. The first one sets everything up, in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-faults test-swift test-recipes bench check format lock clean
+.PHONY: setup demo test test-cluster test-faults test-swift test-recipes bench check format lock clean
 .DELETE_ON_ERROR:
 
 setup: .venv/installed
@@ -20,6 +20,10 @@ demo: setup
 # In order: the many small tests come last, and fill what the long ones leave.
 test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Jobs on two real nodes, and the manifests; a part of `make test`.
+test-cluster: setup
+	$(BIN)/python -m pytest tests/cluster
 
 # The tests of object storage against OpenStack Swift, where Debian's packages of it are installed.
 test-swift: setup

@@ -15,20 +15,38 @@ TASKS_PER_CPU = 4
 Result = TypeVar("Result")
 
 
-class Resources(NamedTuple):
-    """CPUs and GPUs of the nodes that are alive."""
+class Node(NamedTuple):
+    """A machine of the cluster."""
 
     cpus: float
-    gpus: int
-    nodes: list[float]
-    """CPUs of each node."""
+    gpus: int = 0
+
+
+class Resources(NamedTuple):
+    """What the nodes have that are alive."""
+
+    nodes: dict[str, Node]
+    """By the id that Ray gives them."""
 
     @classmethod
     def of_cluster(cls) -> Resources:
         """Ask the cluster."""
-        total = ray.cluster_resources()
-        nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-        return cls(total.get("CPU", 1), int(total.get("GPU", 0)), nodes)
+        alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+        return cls({key: Node(has.get("CPU", 0), int(has.get("GPU", 0))) for key, has in alive.items()})
+
+    @property
+    def cpus(self) -> float:
+        """CPUs of all nodes."""
+        return sum(node.cpus for node in self.nodes.values())
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of all nodes."""
+        return sum(node.gpus for node in self.nodes.values())
+
+    def threads(self, node_id: str, num_workers: int) -> int:
+        """Give the threads that each of the workers on a node may have."""
+        return max(1, int(self.nodes[node_id].cpus / num_workers))
 
     def use_gpu(self, compute: ComputeConfig) -> bool:
         """Tell whether workers ask for GPUs: as they are told to, else where there are any.
@@ -41,9 +59,18 @@ class Resources(NamedTuple):
             raise ConfigError("--use-gpu: the cluster has no GPU; use --no-gpu, or submit to one that has")
         return use_gpu
 
-    def share(self, num_workers: int) -> float:
-        """Give the CPUs that each of some workers may have: none is larger than a node."""
-        return min(self.cpus / num_workers, max(self.nodes))
+    def share(self, num_workers: int, *, use_gpu: bool = False) -> float:
+        """Give the CPUs that each of some workers may have.
+
+        On GPUs these are the CPUs that its node has for each GPU. Else the workers share the cluster, and
+        none has more than a node.
+        """
+        if use_gpu:
+            return max(node.cpus / node.gpus for node in self.nodes.values() if node.gpus)
+        most = max(node.cpus for node in self.nodes.values())
+        return (
+            min(self.cpus / num_workers, most) or 1.0
+        )  # of a head alone nothing is known about nodes to come
 
 
 def spread(work: Callable[[Sequence[str]], Result], paths: Sequence[str]) -> list[Result]:

@@ -93,19 +93,19 @@ class Pool(NamedTuple):
 
     @classmethod
     def on_cluster(cls, compute: ComputeConfig) -> Pool:
-        """Size the pool for the cluster that is there.
+        """Size the pool for the cluster that is there; what comes later brings CPUs for actors of its own.
 
         Raises:
             ConfigError: GPUs are asked for, and the cluster has none.
         """
         there = Resources.of_cluster()
         use_gpu = there.use_gpu(compute)
-        default = there.gpus if use_gpu else sum(cpus > 0 for cpus in there.nodes)
+        default = there.gpus if use_gpu else sum(node.cpus > 0 for node in there.nodes.values())
         workers = Workers.parse(compute.num_workers or default)
-        share = there.share(workers.maximum)
+        share = there.share(workers.minimum, use_gpu=use_gpu)
         # Reading and committing want a CPU beside the actors.
         num_cpus = 1 if use_gpu else max(1, int(share) - 1) if share >= 2 else share / 2
-        num_tasks = max(2 * workers.maximum, int(there.cpus - workers.maximum * num_cpus))
+        num_tasks = max(2 * workers.maximum, int(there.cpus - workers.minimum * num_cpus))
         return cls(
             *(workers.minimum, workers.maximum, num_cpus, float(use_gpu)), max(1, int(share)), num_tasks
         )

@@ -35,7 +35,7 @@ from mmray.images import Augmentation
 from mmray.learner import PROGRESS
 from mmray.progress import Progress
 from mmray.resources import Resources
-from mmray.start import RECIPE, RUN, is_finished, prepare_start, recipe_of
+from mmray.start import RECIPE, RUN, Start, is_finished, prepare_start, recipe_of
 from mmray.storage import Folder
 from mmray.validation import VALIDATION, Validation
 from mmray.warm_start import find_donors
@@ -101,19 +101,32 @@ def train_model(
         bundle = Bundle.load(output_uri)
         return TrainingResult(bundle, output.read_json("metrics.json"), time.monotonic() - started, True)
     start = prepare_start(output, parts, val, model, donors)
-    built = start.build(model)
-    sizes = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in built.num_bytes().items())
-    log.info("model: %s", sizes)
+    num_bytes, architecture = ray.get(try_building.remote(start, model))
+    log.info("model: %s", ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in num_bytes.items()))
     output.publish_json(RECIPE, recipe)  # what cannot be built has taken no output
     with told(progress, train.epochs) as news:
         num_rows = sum(part.num_rows for part in parts)
         datasets = [PurePosixPath(part.folder.uri).name for part in parts]
-        job = TrainJob(model, train, start, datasets, num_rows, workers.num_threads, output / RUN, news)
+        job = TrainJob(model, train, start, datasets, num_rows, output / RUN, news)
         best, latest = fit(job, parts, val, output, workers)
     # A bundle needs no other folder: a backbone that came from one is kept under timm's name for it.
-    kept = replace(model, vision=built.image.architecture) if built.image else model
+    kept = replace(model, vision=architecture or model.vision)
     bundle, metrics = save_best(output, best, latest, replace(job, model=kept))
     return TrainingResult(bundle, metrics, time.monotonic() - started, False)
+
+
+@ray.remote(num_cpus=0.5)
+def try_building(start: Start, config: ModelConfig) -> tuple[dict[str, int], str | None]:
+    """Build the model where workers will, since a head computes nothing; forget it again.
+
+    Returns:
+        Bytes of each part, and timm's name for the image tower.
+
+    Raises:
+        ConfigError, BundleError: as `Start.build` does.
+    """
+    model = start.build(config)
+    return model.num_bytes(), model.image and model.image.architecture
 
 
 @dataclass(frozen=True)
@@ -123,7 +136,6 @@ class TrainWorkers:
     scaling: Workers
     use_gpu: bool
     num_cpus: float
-    num_threads: int
 
     @classmethod
     def on_cluster(cls, compute: ComputeConfig) -> TrainWorkers:
@@ -136,12 +148,7 @@ class TrainWorkers:
         use_gpu = there.use_gpu(compute)
         scaling = Workers.parse(compute.num_workers or (there.gpus if use_gpu else 1))
         # Decoding needs CPUs beside the workers, or both would wait for one another.
-        return cls(
-            scaling,
-            use_gpu,
-            min(1.0, (there.cpus - 1) / scaling.maximum),
-            max(1, int(there.share(scaling.maximum))),
-        )
+        return cls(scaling, use_gpu, min(1.0, (there.cpus - 1) / scaling.maximum))
 
 
 def fit(

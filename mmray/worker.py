@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -21,6 +22,7 @@ from mmray.captions import tokenize
 from mmray.config import ModelConfig, TrainConfig
 from mmray.events import EVENTS, event_file
 from mmray.learner import Batches, Learner, drop_modalities, drop_words, freeze_unused, inputs_of
+from mmray.resources import Resources
 from mmray.start import Start
 from mmray.storage import Folder
 from mmray.validation import Validation, add_up
@@ -42,7 +44,6 @@ class TrainJob:
     datasets: list[str]
     """Names of the folders that the rows are in, for the model card: of the paths nothing is kept."""
     num_rows: int
-    num_threads: int
     run: Folder
     """Takes the run's events."""
     news: Queue | None
@@ -51,8 +52,10 @@ class TrainJob:
 def train_worker(config: dict[str, Any]) -> None:
     """Train, validate and report, epoch by epoch. Ray Train runs this in each worker."""
     job: TrainJob = config["job"]
-    torch.set_num_threads(job.num_threads)
-    rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    context, node_id = ray.train.get_context(), ray.get_runtime_context().get_node_id()
+    # Asked here, since the next start may be on other nodes, with more or fewer workers.
+    torch.set_num_threads(Resources.of_cluster().threads(node_id, context.get_local_world_size()))
+    rank, world_size = context.get_world_rank(), context.get_world_size()
     batch_size = min(job.train.batch_size_per_worker, job.num_rows // world_size)
     num_steps = job.num_rows // world_size // batch_size
     learner = make_learner(job, num_steps, world_size)

@@ -137,6 +137,22 @@ def test_gpu_workers_come_and_go_on_spot_machines():
     assert any("spot" in toleration["key"] for toleration in gpu["template"]["spec"]["tolerations"])
 
 
+def test_the_cluster_on_machines_keeps_rays_schema_and_is_like_the_one_on_kubernetes():
+    import ray
+
+    schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
+    described = read("ray-up-aws.yaml")
+    validator = Draft202012Validator(schema)
+    assert [error.message for error in validator.iter_errors(described)] == []
+    assert list(validator.iter_errors(described | {"max_worker": 1})), "the schema finds nothing"
+    nodes = described["available_node_types"]
+    assert nodes[described["head_node_type"]]["resources"]["CPU"] == 0
+    assert 1 <= nodes["gpu"]["min_workers"] < nodes["gpu"]["max_workers"] <= described["max_workers"]
+    assert nodes["gpu"]["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
+    chosen = read("kustomization.yaml")["images"][0]
+    assert described["docker"]["image"] == f"{chosen['newName']}:{chosen['newTag']}"
+
+
 def test_one_version_of_everything():
     lock = dict(
         re.findall(

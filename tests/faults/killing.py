@@ -27,6 +27,7 @@ from mmray.verify import verify_dataset
 JOBS = Path(__file__).parents[2] / "jobs"
 MARK = "MMRAY_TEST_RUN"
 DEADLINE_S = 240
+RAY = (sys.executable, "-m", "ray.scripts.scripts")
 SCORING = "ray::MapWorker"
 """How Ray titles the actors of a pool; other workers bear their task's name."""
 
@@ -279,13 +280,13 @@ class Node:
 
     NAME = "MMRAY_TEST_NODE"
 
-    def __init__(self, folder, head=None):
-        """Start a head, or a node that joins one."""
+    def __init__(self, folder, head=None, *, num_cpus=2, dashboard_port=None, environment=None):
+        """Start a head, with Ray's job server if a port is given for it, or a node that joins one."""
         self.mark, self.log = (
             uuid.uuid4().hex,
             folder / f"{'joins' if head else 'head'}-{uuid.uuid4().hex[:8]}",
         )
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "2"]
+        command = [*RAY, "start", "--block", "--num-cpus", str(num_cpus)]
         command += [
             "--object-store-memory",
             str(150 << 20),
@@ -293,6 +294,8 @@ class Node:
             "0",
             "--max-worker-port",
             "0",
+            "--dashboard-agent-listen-port",
+            str(free_port()),
         ]
         if head:
             self.address = head.address
@@ -301,8 +304,10 @@ class Node:
             port = free_port()
             self.address = f"127.0.0.1:{port}"
             command += ["--head", "--node-ip-address", "127.0.0.1", "--port", str(port)]
-            command += ["--include-dashboard", "false", "--temp-dir", str(folder)]
-        environment = os.environ | {self.NAME: self.mark, "PYTHONUNBUFFERED": "1"}
+            command += ["--include-dashboard", str(bool(dashboard_port)).lower(), "--temp-dir", str(folder)]
+            command += ["--dashboard-port", str(dashboard_port)] if dashboard_port else []
+        environment = os.environ if environment is None else environment
+        environment = environment | {self.NAME: self.mark, "PYTHONUNBUFFERED": "1"}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, start_new_session=True

@@ -88,9 +88,9 @@ def run_engine(name: str, workload: Workload, scratch: Path) -> tuple[Run, dict[
     engine = ENGINES[name]
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    environ = {"PEERS_TRACE": str(scratch / "trace"), "PYTHONPATH": str(HERE / "hooks")}
-    if name.startswith("daft"):
-        environ["PYTHONPATH"] += os.pathsep + str(DAFT)
+    # Daft's own processes look for what the engine imported, and find it only on the path.
+    path = [HERE / "hooks", *([DAFT, engine.script.parent] if name.startswith("daft") else [])]
+    environ = {"PEERS_TRACE": str(scratch / "trace"), "PYTHONPATH": os.pathsep.join(map(str, path))}
     options = {"input": workload.input, "model": workload.model, "output": scratch / "output"}
     given = [text for option, path in options.items() for text in (f"--{option}", str(path))]
     usage = run_command([sys.executable, str(engine.script), *given, *engine.options], environ)

@@ -1,0 +1,190 @@
+"""Jobs that are submitted to a real cluster: a head that computes nothing, and a worker node."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from killing import DEADLINE_S, RAY, SCORING, Node, free_port, marked, poll
+
+from mmray.bundle import Bundle
+from mmray.faults import FAULT, FOLDER
+from mmray.verify import verify_dataset
+
+REPOSITORY = Path(__file__).parents[2]
+RUNTIME_ENV = REPOSITORY / "jobs" / "runtime-env.yaml"
+MAX_UPLOAD_BYTES = 2 << 20
+
+
+class Cluster:
+    """A head and a worker node, each `ray start`, and what speaks to its job server."""
+
+    def __init__(self, folder):
+        """Start both."""
+        port = free_port()
+        self.folder, self.server = folder, f"http://127.0.0.1:{port}"
+        self.token = uuid.uuid4().hex
+        path = (
+            f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # a job's `python` is this one
+        )
+        self.environment = os.environ | {"PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+        # Keys are the head's alone: that workers have them is for the jobs to see to.
+        self.keyless = {
+            name: value for name, value in self.environment.items() if not name.startswith("AWS_")
+        }
+        self.nodes = [Node(folder, num_cpus=0, dashboard_port=port, environment=self.environment)]
+        self.nodes[0].wait_until_up()
+        self.add_node()
+        # Jobs are started by an agent, which comes up some seconds after its node.
+        poll(lambda: self.job("submit", "--", "true").returncode == 0, lambda: "the job server")
+
+    def add_node(self):
+        """Start a worker node, and give it."""
+        self.nodes.append(Node(self.folder, self.nodes[0], environment=self.keyless).wait_until_up())
+        return self.nodes[-1]
+
+    def job(self, verb, *words):
+        """Run a command of Ray's job client; give its process when it has ended."""
+        command = [*RAY, "job", verb, "--address", self.server, *words]
+        settings = {"cwd": REPOSITORY, "env": self.environment, "timeout": DEADLINE_S}
+        return subprocess.run(command, capture_output=True, text=True, **settings)
+
+    def submit(self, *entrypoint, runtime_env=RUNTIME_ENV, name, wait=True):
+        """Submit a job with the options that the README gives."""
+        readme = (REPOSITORY / "README.md").read_text()
+        (options,) = re.findall(r"^    ray job submit --address \S+ (.+?) -- python jobs/", readme, re.M)
+        words = [*options.split(), "--runtime-env", str(runtime_env), "--submission-id", name]
+        return self.job("submit", *words, *([] if wait else ["--no-wait"]), "--", *map(str, entrypoint))
+
+    def info(self, name):
+        """Ask the job server about a job."""
+        headers = {"Authorization": f"Bearer {self.token}"}
+        request = urllib.request.Request(f"{self.server}/api/jobs/{name}", headers=headers)
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+    def driver(self, script):
+        """Find the driver that runs a script on the head: its process id, or None."""
+        for process, title in marked(self.nodes[0].mark, Node.NAME).items():
+            if re.match(rf"\S*python\S* jobs/{script}", title):
+                return process
+        return None
+
+
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory):
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # sockets have short names
+        cluster = Cluster(Path(folder))
+        yield cluster
+        for node in cluster.nodes:
+            node.kill()
+
+
+@pytest.fixture
+def label(archive, bundle_uri, tmp_path):
+    """Give the command that labels the archive."""
+    options = ("--input", archive.folder, "--model", bundle_uri, "--output", tmp_path / "labeled")
+    return ("python", "jobs/label.py", *options, "--max-failed-fraction", "0.05")
+
+
+@pytest.fixture
+def paused(tmp_path):
+    """Give `paused(moment) -> a runtime environment`, in which the job waits there for a file `go`."""
+
+    def write(moment):
+        recipe = yaml.safe_load(RUNTIME_ENV.read_text())
+        recipe["env_vars"] |= {FAULT: f"pause {moment}", FOLDER: str(tmp_path)}
+        (tmp_path / "runtime-env.yaml").write_text(yaml.safe_dump(recipe))
+        return tmp_path / "runtime-env.yaml"
+
+    return write
+
+
+def test_labeling_ends_with_its_result_and_what_it_said(two_nodes, archive, label, tmp_path):
+    ended = two_nodes.submit(*label, name="label")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "succeeded" in ended.stdout
+    assert f"{archive.num_rows:,} rows" in ended.stdout
+    assert verify_dataset(str(archive.folder), str(tmp_path / "labeled")).problems == []
+    assert two_nodes.info("label")["driver_exit_code"] == 0
+
+
+def test_what_is_uploaded_is_the_code_alone(two_nodes, label):
+    (package,) = two_nodes.folder.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/")
+    files = [path.relative_to(package) for path in package.rglob("*") if path.is_file()]
+    assert {"jobs/label.py", "mmray/labeling.py", "jobs/runtime-env.yaml"} <= set(map(str, files))
+    assert {path.parts[0] for path in files}.isdisjoint(
+        {".git", ".venv", "build", "tests", "cluster", "requirements.lock"}
+    )
+    assert sum((package / path).stat().st_size for path in files) < MAX_UPLOAD_BYTES
+
+
+def test_training_leaves_a_bundle(two_nodes, draw_rows, tmp_path):
+    for name, num_rows in {"train": 96, "val": 32}.items():
+        (tmp_path / name).mkdir()
+        pq.write_table(draw_rows(num_rows), tmp_path / name / "a.parquet", row_group_size=16)
+    options = ("--data", tmp_path / "train", "--val", tmp_path / "val", "--output", tmp_path / "bundle")
+    towers = ("--vision", "test_efficientnet", "--image-size", "32", "--width", "32", "--no-pretrained")
+    ended = two_nodes.submit("python", "jobs/train.py", *options, *towers, "--epochs", "1", name="train")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "epoch 1: loss" in ended.stdout
+    assert Bundle.load(str(tmp_path / "bundle")).vocabulary
+
+
+def test_wrong_use_fails_the_job_with_its_status(two_nodes, label):
+    ended = two_nodes.submit(*label, "--input", "/no/such/folder", name="wrong")
+    assert ended.returncode == 1  # Ray's client tells that a job failed, the job server with what
+    assert "mmray: /no/such/folder" in ended.stdout
+    assert "Traceback" not in ended.stdout
+    assert two_nodes.info("wrong")["driver_exit_code"] == 2
+
+
+def test_a_pool_grows_onto_a_node_that_comes_and_the_job_outlives_all_nodes(
+    two_nodes, archive, label, paused, tmp_path
+):
+    """A second node comes and is used; both die; another one takes their place."""
+    started = two_nodes.submit(
+        *label, "--num-workers", "1:2", runtime_env=paused("before score *"), name="grows", wait=False
+    )
+    assert started.returncode == 0, started.stdout + started.stderr
+    poll((tmp_path / "reached-0").exists, lambda: two_nodes.info("grows"))
+    come = two_nodes.add_node()
+    poll(lambda: any(SCORING in title for title in come.processes().values()), come.processes)
+    for node in two_nodes.nodes[1:]:
+        assert node.kill()
+    time.sleep(5)
+    two_nodes.add_node()
+    poll(lambda: two_nodes.info("grows")["status"] != "RUNNING", lambda: two_nodes.info("grows"))
+    assert two_nodes.info("grows")["driver_exit_code"] == 0, two_nodes.job("logs", "grows").stdout
+    assert verify_dataset(str(archive.folder), str(tmp_path / "labeled")).problems == []
+
+
+def test_a_job_that_is_stopped_lets_go_and_its_successor_resumes(two_nodes, archive, label, tmp_path):
+    """`ray job stop` while rows are scored: promises are kept, and nothing goes on in the background."""
+    started = two_nodes.submit(
+        *label, runtime_env=paused("before publish big.parquet"), name="stopped", wait=False
+    )
+    assert started.returncode == 0, started.stdout + started.stderr
+    poll((tmp_path / "reached-0").exists, lambda: two_nodes.info("stopped"))
+    driver = two_nodes.driver("label.py")
+    assert "libtorch" not in Path(f"/proc/{driver}/maps").read_text(), "the head has no use for models"
+    began = time.monotonic()
+    stopped = two_nodes.job("stop", "stopped")
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    assert two_nodes.info("stopped")["status"] == "STOPPED"
+    assert time.monotonic() - began < 30
+    poll(lambda: not two_nodes.driver("label.py"), lambda: "the driver's end")
+    poll(lambda: not marked(str(tmp_path), FOLDER), lambda: marked(str(tmp_path), FOLDER))
+    ended = two_nodes.submit(*label, name="resumed")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert re.search(r"[1-9]\d* of \d+ shards were there", ended.stdout)
+    assert verify_dataset(str(archive.folder), str(tmp_path / "labeled")).problems == []

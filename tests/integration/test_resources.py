@@ -1,0 +1,38 @@
+"""How work is shared out over clusters of all kinds, and over what comes later."""
+
+import pytest
+
+from mmray.config import ComputeConfig
+from mmray.resources import Node, Resources
+from mmray.scoring import Pool
+
+LAPTOP = Resources({"one": Node(2)})
+HEAD_ALONE = Resources({"head": Node(0)})
+GPU_NODE = Resources({"head": Node(0), "gpus": Node(32, 4)})
+MANY = Resources({"head": Node(0), **{f"node-{number}": Node(8) for number in range(4)}})
+
+
+@pytest.mark.parametrize(
+    ("there", "num_workers", "asked_for", "num_threads"),
+    [
+        (LAPTOP, None, 1, 2),
+        (LAPTOP, "2", 0.5, 1),
+        (LAPTOP, "1:8", 1, 2),  # what comes later brings its own CPUs
+        (HEAD_ALONE, "1:8", 0.5, 1),
+        (GPU_NODE, "1:16", 1, 8),  # 8 of a node's CPUs for each of its GPUs
+        (GPU_NODE, None, 1, 8),
+        (MANY, None, 7, 8),
+        (MANY, "1:100", 7, 8),
+        (MANY, "8", 3, 4),
+    ],
+)
+def test_an_actor_has_its_share_of_a_node(monkeypatch, there, num_workers, asked_for, num_threads):
+    monkeypatch.setattr(Resources, "of_cluster", lambda: there)
+    pool = Pool.on_cluster(ComputeConfig(num_workers=num_workers))
+    assert (pool.num_cpus, pool.num_threads) == (asked_for, num_threads)
+    assert pool.num_gpus == (there is GPU_NODE)
+
+
+def test_workers_of_a_node_share_its_threads():
+    assert GPU_NODE.threads("gpus", 3) == 10
+    assert LAPTOP.threads("one", 5) == 1
