@@ -126,7 +126,7 @@ def try_building(start: Start, config: ModelConfig) -> tuple[dict[str, int], str
         ConfigError, BundleError: as `Start.build` does.
     """
     model = start.build(config)
-    return model.num_bytes(), model.image and model.image.architecture
+    return model.num_bytes(), model.image.architecture if model.image else None
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from mmray.verify import verify_dataset
 REPOSITORY = Path(__file__).parents[2]
 RUNTIME_ENV = REPOSITORY / "jobs" / "runtime-env.yaml"
 MAX_UPLOAD_BYTES = 2 << 20
+NUM_FILES = 16
 
 
 class Cluster:
@@ -149,12 +150,15 @@ def test_wrong_use_fails_the_job_with_its_status(two_nodes, label):
 
 
 def test_a_pool_grows_onto_a_node_that_comes_and_the_job_outlives_all_nodes(
-    two_nodes, archive, label, paused, tmp_path
+    two_nodes, draw_rows, label, paused, tmp_path
 ):
     """A second node comes and is used; both die; another one takes their place."""
-    started = two_nodes.submit(
-        *label, "--num-workers", "1:2", runtime_env=paused("before score *"), name="grows", wait=False
-    )
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    for number in range(NUM_FILES):  # more than one actor is ever given at a time, or the pool would not grow
+        pq.write_table(draw_rows(1000, number), rows / f"{number:02}.parquet")
+    command = (*label, "--input", rows, "--num-workers", "1:2")
+    started = two_nodes.submit(*command, runtime_env=paused("before score *"), name="grows", wait=False)
     assert started.returncode == 0, started.stdout + started.stderr
     poll((tmp_path / "reached-0").exists, lambda: two_nodes.info("grows"))
     come = two_nodes.add_node()
@@ -165,7 +169,7 @@ def test_a_pool_grows_onto_a_node_that_comes_and_the_job_outlives_all_nodes(
     two_nodes.add_node()
     poll(lambda: two_nodes.info("grows")["status"] != "RUNNING", lambda: two_nodes.info("grows"))
     assert two_nodes.info("grows")["driver_exit_code"] == 0, two_nodes.job("logs", "grows").stdout
-    assert verify_dataset(str(archive.folder), str(tmp_path / "labeled")).problems == []
+    assert verify_dataset(str(rows), str(tmp_path / "labeled")).problems == []
 
 
 def test_a_job_that_is_stopped_lets_go_and_its_successor_resumes(two_nodes, archive, label, tmp_path):

@@ -66,6 +66,7 @@ ENGINES = {
     "mmray": Engine(JOBS / "label.py", ("--no-gpu",)),
     "loop": Engine(HERE / "engines" / "loop.py"),
     **{name: Engine(HERE / "engines" / script) for name, script in SCRIPTS.items()},
+    "ray data, fused": Engine(HERE / "engines" / "ray_data.py", ("--fused",)),
     **{f"{name}, idiom": Engine(HERE / "engines" / script, ("--idiom",)) for name, script in SCRIPTS.items()},
 }
 
