@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
@@ -83,6 +84,8 @@ class Labeler:
         self.tokenizer = bundle.tokenizer()
         self.decode = decode or decode_row
         self.timeout_s = None if decode else DECODE_TIMEOUT_S
+        self.model_seconds = 0.0
+        """That the model has computed so far; the rest of the time it waited for rows."""
         self.threads = ThreadPoolExecutor(num_threads or torch.get_num_threads(), "decode")
 
     @classmethod
@@ -148,6 +151,7 @@ class Labeler:
 
     @torch.inference_mode()
     def _score(self, rows: list[Row]) -> np.ndarray:
+        started = time.monotonic()
         config = self.bundle.model_config
         inputs = make_inputs(
             [row.pixels for row in rows],
@@ -159,7 +163,9 @@ class Labeler:
             logits = self.model(inputs)
             if self.flip:
                 logits = (logits + self.model(inputs._replace(pixels=inputs.pixels.flip(2)))) / 2
-        return self.bundle.calibration.scores(logits.float().cpu().numpy())
+        scores = self.bundle.calibration.scores(logits.float().cpu().numpy())
+        self.model_seconds += time.monotonic() - started
+        return scores
 
 
 def make_inputs(

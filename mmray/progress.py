@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
@@ -26,7 +27,7 @@ class Progress:
         """Say what is counted, and up to where."""
         self.title, self.total, self.unit = title, total, unit
         self.console = console or Console(stderr=True)
-        self.done, self.facts = 0, ""
+        self.done, self.facts, self._left = 0, "", ""
         self._started = self._logged = time.monotonic()
         self._first: int | None = None
         self._bar: Bar | None = None
@@ -63,6 +64,8 @@ class Progress:
         rate = (done - self._first) / max(time.monotonic() - self._started, 1e-3)
         told = [f"{name} {value}" for name, value in facts.items()]
         self.facts = ", ".join([*told, f"{rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s"] if rate else told)
+        left = timedelta(seconds=round((self.total - done) / rate)) if rate else None
+        self._left = f", {left} left" if left else ""
         if self._bar:
             self._bar.update(self._task, completed=done, total=self.total, facts=self.facts)
         elif time.monotonic() - self._logged >= LOG_INTERVAL_S:
@@ -74,4 +77,4 @@ class Progress:
 
     def _log(self) -> None:
         self._logged = time.monotonic()
-        self.print(f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {self.facts}")
+        self.print(f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {self.facts}{self._left}")

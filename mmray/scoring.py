@@ -29,6 +29,7 @@ from mmray.resources import Resources
 from mmray.retry import Earlier
 from mmray.schema import KeptScores
 from mmray.storage import Folder
+from mmray.watching import Watch
 
 READ_TASK_ROWS = 1000
 """Small files are read together, up to about this many rows a task."""
@@ -103,8 +104,10 @@ class Pool(NamedTuple):
         default = there.gpus if use_gpu else sum(node.cpus > 0 for node in there.nodes.values())
         workers = Workers.parse(compute.num_workers or default)
         share = there.share(workers.minimum, use_gpu=use_gpu)
-        # Reading and committing want a CPU beside the actors.
-        num_cpus = 1 if use_gpu else max(1, int(share) - 1) if share >= 2 else share / 2
+        # Reading and committing want a CPU beside the actors. In a pool that grows each asks for more than
+        # half of its share, so that actors come with new nodes, and not beside the first ones.
+        part = 0.75 if workers.minimum < workers.maximum else 0.5
+        num_cpus = 1 if use_gpu else int(share) - 1 if share >= 3 else share * part
         num_tasks = max(2 * workers.maximum, int(there.cpus - workers.minimum * num_cpus))
         return cls(
             *(workers.minimum, workers.maximum, num_cpus, float(use_gpu)), max(1, int(share)), num_tasks
@@ -215,6 +218,7 @@ class ScoreShards:
                 decode=IsolatedDecoder() if isolated else None,
             )
             self.label = TableLabeler(labeler, columns, KeptScores.parse(config.scores), hidden)
+            self.watch = Watch(labeler)
         except Exception as error:
             self.refusal = error
 
@@ -230,7 +234,10 @@ class ScoreShards:
         if error is None:
             moment("before score", "{} {}-{}".format(*parcel.shard))
             try:
-                return parcel._replace(rows=self._labeled(parcel), earlier=None)
+                with self.watch.shard(parcel.shard) as counts:
+                    rows = self._labeled(parcel)
+                    counts.update(rows["status"].to_pylist())
+                return parcel._replace(rows=rows, earlier=None)
             except HungError:  # its thread cannot be stopped, but this process can: Ray starts another one
                 os.kill(os.getpid(), signal.SIGKILL)
             except Exception as raised:

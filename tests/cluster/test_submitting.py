@@ -30,7 +30,7 @@ class Cluster:
     """A head and a worker node, each `ray start`, and what speaks to its job server."""
 
     def __init__(self, folder):
-        """Start both."""
+        """Start the head."""
         port = free_port()
         self.folder, self.server = folder, f"http://127.0.0.1:{port}"
         self.token = uuid.uuid4().hex
@@ -43,6 +43,9 @@ class Cluster:
             name: value for name, value in self.environment.items() if not name.startswith("AWS_")
         }
         self.nodes = [Node(folder, num_cpus=0, dashboard_port=port, environment=self.environment)]
+
+    def start(self):
+        """Wait until both are up."""
         self.nodes[0].wait_until_up()
         self.add_node()
         # Jobs are started by an agent, which comes up some seconds after its node.
@@ -50,8 +53,8 @@ class Cluster:
 
     def add_node(self):
         """Start a worker node, and give it."""
-        self.nodes.append(Node(self.folder, self.nodes[0], environment=self.keyless).wait_until_up())
-        return self.nodes[-1]
+        self.nodes.append(Node(self.folder, self.nodes[0], environment=self.keyless))
+        return self.nodes[-1].wait_until_up()
 
     def job(self, verb, *words):
         """Run a command of Ray's job client; give its process when it has ended."""
@@ -73,6 +76,12 @@ class Cluster:
         with urllib.request.urlopen(request) as answer:
             return json.load(answer)
 
+    def shards_logged(self):
+        """Give the lines that workers wrote about the shards that they scored."""
+        logs = self.folder.glob("session_2*/logs/worker-*.err")
+        lines = [line for log in logs for line in log.read_text().splitlines()]
+        return [json.loads(line) for line in lines if line.startswith('{"shard"')]
+
     def driver(self, script):
         """Find the driver that runs a script on the head: its process id, or None."""
         for process, title in marked(self.nodes[0].mark, Node.NAME).items():
@@ -85,9 +94,12 @@ class Cluster:
 def two_nodes(tmp_path_factory):
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # sockets have short names
         cluster = Cluster(Path(folder))
-        yield cluster
-        for node in cluster.nodes:
-            node.kill()
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            for node in cluster.nodes:
+                node.kill()
 
 
 @pytest.fixture
@@ -181,6 +193,9 @@ def test_a_job_that_is_stopped_lets_go_and_its_successor_resumes(two_nodes, arch
     poll((tmp_path / "reached-0").exists, lambda: two_nodes.info("stopped"))
     driver = two_nodes.driver("label.py")
     assert "libtorch" not in Path(f"/proc/{driver}/maps").read_text(), "the head has no use for models"
+    poll(lambda: "ray_mmray_rows" in two_nodes.nodes[-1].metrics(), lambda: two_nodes.nodes[-1].metrics())
+    (line, *_) = two_nodes.shards_logged()
+    assert {"shard", "rows", "ok", "seconds", "model_s", "waited_s"} <= line.keys()
     began = time.monotonic()
     stopped = two_nodes.job("stop", "stopped")
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr

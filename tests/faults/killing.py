@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 import uuid
 from collections import Counter
 from contextlib import suppress
@@ -286,6 +287,7 @@ class Node:
             uuid.uuid4().hex,
             folder / f"{'joins' if head else 'head'}-{uuid.uuid4().hex[:8]}",
         )
+        self.metrics_port = free_port()
         command = [*RAY, "start", "--block", "--num-cpus", str(num_cpus)]
         command += [
             "--object-store-memory",
@@ -296,6 +298,8 @@ class Node:
             "0",
             "--dashboard-agent-listen-port",
             str(free_port()),
+            "--metrics-export-port",
+            str(self.metrics_port),
         ]
         if head:
             self.address = head.address
@@ -326,6 +330,15 @@ class Node:
     def processes(self):
         """Give its processes: id -> title."""
         return marked(self.mark, self.NAME)
+
+    def metrics(self):
+        """Read what it tells Prometheus."""
+        with (
+            suppress(OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics") as told,
+        ):
+            return told.read().decode()
+        return ""
 
     def kill(self):
         """Kill all of them, as when the machine is gone; tell whether it was alive."""

@@ -17,8 +17,8 @@ MANY = Resources({"head": Node(0), **{f"node-{number}": Node(8) for number in ra
     [
         (LAPTOP, None, 1, 2),
         (LAPTOP, "2", 0.5, 1),
-        (LAPTOP, "1:8", 1, 2),  # what comes later brings its own CPUs
-        (HEAD_ALONE, "1:8", 0.5, 1),
+        (LAPTOP, "1:8", 1.5, 2),  # no second one fits beside it: what comes later brings its own CPUs
+        (HEAD_ALONE, "1:8", 0.75, 1),
         (GPU_NODE, "1:16", 1, 8),  # 8 of a node's CPUs for each of its GPUs
         (GPU_NODE, None, 1, 8),
         (MANY, None, 7, 8),

@@ -65,6 +65,7 @@ FLOORS = [
         "start",
         "worker",
         "training",
+        "watching",
         "scoring",
         "committing",
         "labeling",

@@ -1,0 +1,60 @@
+"""What a scoring actor tells those who watch: Ray's metrics, and a line of JSON for each shard in its log.
+
+mmray_rows           rows scored, by status
+mmray_model_seconds  in which the model computed
+mmray_wait_seconds   in which the actor had no shard to score
+mmray_model_share    of the time since the actor started: the model's, on a GPU how busy it is
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray.util import metrics
+
+from mmray.labeler import Labeler
+from mmray.plan import Shard
+
+log = logging.getLogger(__name__)
+
+TINY = 1e-9
+"""Ray's counters refuse to be increased by nothing."""
+
+
+class Watch:
+    """Follows an actor from shard to shard."""
+
+    def __init__(self, labeler: Labeler) -> None:
+        """Start the clock."""
+        self.labeler = labeler
+        self.rows = metrics.Counter("mmray_rows", "Rows scored.", ("status",))
+        self.model = metrics.Counter("mmray_model_seconds", "Seconds in which the model computed.")
+        self.wait = metrics.Counter("mmray_wait_seconds", "Seconds without a shard to score.")
+        self.share = metrics.Gauge("mmray_model_share", "Share of the time in which the model computes.")
+        self._started = self._idle_since = time.monotonic()
+        if not log.handlers:  # a worker's stderr is its log
+            log.addHandler(logging.StreamHandler())
+            log.setLevel(logging.INFO)
+            log.propagate = False
+
+    @contextmanager
+    def shard(self, shard: Shard) -> Iterator[Counter[str]]:
+        """Time a shard; to be filled with its rows by status."""
+        began, computed, counts = time.monotonic(), self.labeler.model_seconds, Counter[str]()
+        waited = began - self._idle_since
+        yield counts
+        self._idle_since = now = time.monotonic()
+        computed = self.labeler.model_seconds - computed
+        for status, count in counts.items():
+            self.rows.inc(count, {"status": status})
+        self.model.inc(max(computed, TINY))
+        self.wait.inc(max(waited, TINY))
+        self.share.set(self.labeler.model_seconds / (now - self._started))
+        seconds = {"seconds": now - began, "model_s": computed, "waited_s": waited}
+        rounded = {name: round(value, 3) for name, value in seconds.items()}
+        log.info(json.dumps({"shard": [*shard], "rows": counts.total(), **counts, **rounded}))
