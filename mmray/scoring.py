@@ -29,7 +29,6 @@ from mmray.resources import Resources
 from mmray.retry import Earlier
 from mmray.schema import KeptScores
 from mmray.storage import Folder
-from mmray.watching import Watch
 
 READ_TASK_ROWS = 1000
 """Small files are read together, up to about this many rows a task."""
@@ -201,6 +200,7 @@ class ScoreShards:
         from mmray.isolation import IsolatedDecoder
         from mmray.labeler import Labeler
         from mmray.tables import TableLabeler
+        from mmray.watching import Watch
 
         bundle, columns, config, pool, _, hidden = scorer
         torch.set_num_threads(pool.num_threads)  # Ray sets one thread for each CPU that was asked for

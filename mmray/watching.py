@@ -14,11 +14,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from ray.util import metrics
 
-from mmray.labeler import Labeler
 from mmray.plan import Shard
+
+if TYPE_CHECKING:
+    from mmray.labeler import Labeler
 
 log = logging.getLogger(__name__)
 

@@ -300,6 +300,8 @@ class Node:
             str(free_port()),
             "--metrics-export-port",
             str(self.metrics_port),
+            "--temp-dir",  # of its own, as on a machine of its own: code that a job brings is unpacked below
+            str(folder / self.mark[:4]),
         ]
         if head:
             self.address = head.address
@@ -308,7 +310,7 @@ class Node:
             port = free_port()
             self.address = f"127.0.0.1:{port}"
             command += ["--head", "--node-ip-address", "127.0.0.1", "--port", str(port)]
-            command += ["--include-dashboard", str(bool(dashboard_port)).lower(), "--temp-dir", str(folder)]
+            command += ["--include-dashboard", str(bool(dashboard_port)).lower()]
             command += ["--dashboard-port", str(dashboard_port)] if dashboard_port else []
         environment = os.environ if environment is None else environment
         environment = environment | {self.NAME: self.mark, "PYTHONUNBUFFERED": "1"}
