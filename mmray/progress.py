@@ -29,6 +29,7 @@ class Progress:
         self.console = console or Console(stderr=True)
         self.done, self.facts, self._left = 0, "", ""
         self._started = self._logged = time.monotonic()
+        self._told = 0
         self._first: int | None = None
         self._bar: Bar | None = None
 
@@ -53,7 +54,7 @@ class Progress:
         """Leave the last state on the screen."""
         if self._bar:
             self._bar.stop()
-        elif self.done:
+        elif self.done != self._told:
             self._log()
 
     def update(self, done: int, **facts: object) -> None:
@@ -76,5 +77,5 @@ class Progress:
         (self._bar.console if self._bar else self.console).print(text, highlight=False, soft_wrap=True)
 
     def _log(self) -> None:
-        self._logged = time.monotonic()
+        self._logged, self._told = time.monotonic(), self.done
         self.print(f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {self.facts}{self._left}")
