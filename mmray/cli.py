@@ -19,7 +19,8 @@ from typing import Any
 
 import click
 
-from mmray.errors import find_error, redact
+from mmray.errors import ConfigError, find_error, redact
+from mmray.recipes import read_recipe
 
 EXIT_BAD_RESULT = 1
 EXIT_INTERRUPTED = 3
@@ -85,21 +86,15 @@ def _note_verbose(context: click.Context, parameter: click.Parameter, verbose: b
 def _read_recipe(context: click.Context, parameter: click.Parameter, path: str | None) -> None:
     if path is None:
         return
-    import yaml
-
     try:
-        with open(path, encoding="utf-8") as file:
-            # Values stay as they are written, as on the command line: YAML 1.1 reads 1:4 as 64, in base 60.
-            recipe = yaml.load(file, yaml.BaseLoader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise click.BadParameter(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(recipe, dict):
-        raise click.BadParameter(f"{path} holds no option: value pairs")
+        recipe = read_recipe(path)
+    except ConfigError as error:
+        raise click.BadParameter(str(error)) from None
     known: dict[str, click.Parameter] = {}
     for option in context.command.params:
         for flag in (*option.opts, option.name or "") if option.expose_value else ():
             known[flag.lstrip("-").replace("-", "_")] = option
-    unknown = [str(key) for key in recipe if str(key).replace("-", "_") not in known]
+    unknown = [key for key in recipe if key.replace("-", "_") not in known]
     if unknown:
         raise click.BadParameter(f"{path}: no such option: {', '.join(unknown)}; see --help")
     context.default_map = {}

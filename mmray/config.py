@@ -127,7 +127,7 @@ class TrainConfig:
     word_weight: float = option(
         0.0, "What a word weighs against a label, where the image tells its caption's; 0 is off."
     )
-    init: tuple[str, ...] = option((), "Bundle whose towers learning starts from; repeatable.")
+    init: tuple[str, ...] = option((), "Bundle, or recipe of a stage before, that gives towers; repeatable.")
     seed: int = option(0, "Seed of shuffling, augmentation and initial weights.")
 
     def __post_init__(self) -> None:

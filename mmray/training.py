@@ -2,6 +2,7 @@
 
 OUTPUT/             the bundle, when training is done
 OUTPUT/_train/      what it started from: see `mmray.start`
+OUTPUT/_train/init/ bundles of earlier stages, where `--init` names recipes
 OUTPUT/_train/run/  Ray Train's checkpoints, one an epoch; the best and the latest are kept
 OUTPUT/_train/tensorboard/  the history, for TensorBoard
 OUTPUT/_train/validation.safetensors  what the best one makes of the validation rows
@@ -34,6 +35,7 @@ from mmray.errors import DataError
 from mmray.images import Augmentation
 from mmray.learner import PROGRESS
 from mmray.progress import Progress
+from mmray.recipes import is_recipe, read_stage
 from mmray.resources import Resources
 from mmray.start import RECIPE, RUN, Start, is_finished, prepare_start, recipe_of
 from mmray.storage import Folder
@@ -89,6 +91,7 @@ def train_model(
     model, train = model or ModelConfig(), train or TrainConfig()
     columns, compute = columns or Columns(), compute or ComputeConfig()
     started = time.monotonic()
+    train = train_stages(data_uri, val_uri, output_uri, train, columns, compute, progress=progress)
     output = Folder(output_uri)
     rows, val = Rows.find(data_uri, columns), Rows.find(val_uri, columns)
     parts = [rows, pseudo] if pseudo else [rows]
@@ -113,6 +116,32 @@ def train_model(
     kept = replace(model, vision=architecture or model.vision)
     bundle, metrics = save_best(output, best, latest, replace(job, model=kept))
     return TrainingResult(bundle, metrics, time.monotonic() - started, False)
+
+
+def train_stages(
+    data_uri: str,
+    val_uri: str,
+    output_uri: str,
+    train: TrainConfig,
+    columns: Columns,
+    compute: ComputeConfig,
+    *,
+    progress: bool,
+) -> TrainConfig:
+    """Train what recipes among `--init` describe, unless that is done; gives the bundles in their place.
+
+    A stage learns from the same rows, with the same seed, and its bundle stands below the output.
+    """
+    starts = []
+    for start in train.init:
+        if is_recipe(start):
+            stage, (model, earlier) = PurePosixPath(start).stem, read_stage(start)
+            start = f"{Folder(output_uri)}/{RUN}/init/{stage}"
+            log.info("stage %s", stage)
+            earlier = replace(earlier, seed=train.seed)
+            train_model(data_uri, val_uri, start, model, earlier, columns, compute, progress=progress)
+        starts.append(start)
+    return replace(train, init=tuple(starts))
 
 
 @ray.remote(num_cpus=0.5)

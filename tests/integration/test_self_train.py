@@ -1,6 +1,7 @@
 """Self-training with real workers: what the teacher says, what is selected of it, what the student learns."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -41,8 +42,28 @@ def places(draw_rows, spoil, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def result(cluster, places):
-    return self_train(*places, MODEL, TRAIN, CONFIG, compute=TWO)
+def train(tmp_path_factory):
+    """Give the recipe, with a stage before it: an image tower on smaller pictures."""
+    stage = tmp_path_factory.mktemp("stages") / "small.yaml"
+    stage.write_text(
+        "fusion: image\nvision: test_efficientnet\nimage-size: 16\npretrained: false\nepochs: 1\n"
+        "batch-size-per-worker: 16\nword-weight: 0.5\n"
+    )
+    return replace(TRAIN, init=(str(stage),))
+
+
+@pytest.fixture(scope="module")
+def result(cluster, places, train):
+    return self_train(*places, MODEL, train, CONFIG, compute=TWO)
+
+
+def test_teacher_and_student_start_from_the_same_stage(result, places):
+    stage = Bundle.load(f"{places[3]}/_train/init/small")
+    assert (stage.model_config.fusion, stage.model_config.image_size) == ("image", 16)
+    for number, entry in enumerate(result.rounds):
+        assert entry["metrics"]["training"]["init"] == {"image": "small"}
+        recipe = Folder(f"{places[3]}/_rounds/{number}/bundle").read_json("_train/recipe.json")
+        assert recipe["train"]["init"] == {"image": stage.fingerprint}
 
 
 def test_two_workers_on_uneven_rows_measure_what_one_process_measures(result, places):
@@ -135,12 +156,12 @@ def count_confused(places, result):
     return int((missed.sum(axis=1) * wrong.sum(axis=1)).sum())
 
 
-def test_the_same_command_again_does_nothing_and_another_selection_is_refused(result, places):
+def test_the_same_command_again_does_nothing_and_another_selection_is_refused(result, places, train):
     before = Folder(places[3]).list()
-    again = self_train(*places, MODEL, TRAIN, CONFIG, compute=TWO)
+    again = self_train(*places, MODEL, train, CONFIG, compute=TWO)
     assert again.rounds == result.rounds and again.bundle.fingerprint == result.bundle.fingerprint
     assert Folder(places[3]).list() == before
     with pytest.raises(OutputError, match="unknown origin"):
-        self_train(*places[:3], f"{places[3]}/_rounds/0/bundle", MODEL, TRAIN, CONFIG, compute=TWO)
+        self_train(*places[:3], f"{places[3]}/_rounds/0/bundle", MODEL, train, CONFIG, compute=TWO)
     with pytest.raises(OutputError, match=r"keep: 0\.5 -> 0\.6"):
-        self_train(*places, MODEL, TRAIN, SelfTrainConfig(keep=0.6), compute=TWO)
+        self_train(*places, MODEL, train, SelfTrainConfig(keep=0.6), compute=TWO)

@@ -61,7 +61,9 @@ def place(tmp_path, draw_rows, monkeypatch):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(draw_rows(num_rows, num_rows), tmp_path / f"{path}.parquet")
     shutil.copy(tmp_path / "photos/00000.jpg", tmp_path / "photo.jpg")
-    (tmp_path / "jobs").symlink_to(REPOSITORY / "jobs")
+    shutil.copytree(REPOSITORY / "jobs", tmp_path / "jobs")
+    for recipe in (tmp_path / "jobs" / "recipes").iterdir():  # no stages before: they take an hour
+        recipe.write_text(re.sub(r"^init: .*$", "", recipe.read_text(), flags=re.M))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

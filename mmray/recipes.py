@@ -1,0 +1,79 @@
+"""Recipes: YAML files that give options by name, for `--config`, and for an earlier stage of training."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import fields
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import click
+
+from mmray.config import ModelConfig, TrainConfig, make
+from mmray.errors import ConfigError
+
+SUFFIXES = (".yaml", ".yml")
+_TYPES: dict[Any, click.ParamType[Any]] = {
+    bool: click.BOOL,
+    int: click.INT,
+    float: click.FLOAT,
+    str: click.STRING,
+}
+
+
+def is_recipe(start: str) -> bool:
+    """Tell whether `--init` names a recipe, and not a bundle."""
+    return start.endswith(SUFFIXES)
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """Read the options that a recipe gives: name, as it is written there, to text or a list of it.
+
+    Values stay as they are written, as on the command line: YAML 1.1 reads 1:4 as 64, in base 60. Recipes
+    that `init` names are found beside this one.
+
+    Raises:
+        ConfigError: it is no YAML, or no option: value pairs.
+    """
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            recipe = yaml.load(file, yaml.BaseLoader) or {}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(recipe, dict):
+        raise ConfigError(f"{path} holds no option: value pairs")
+    recipe = {str(key): value for key, value in recipe.items()}
+    if starts := recipe.get("init"):
+        starts = starts if isinstance(starts, list) else [starts]
+        recipe["init"] = [
+            str(Path(path).parent / start) if is_recipe(str(start)) else start for start in starts
+        ]
+    return recipe
+
+
+def read_stage(path: str) -> tuple[ModelConfig, TrainConfig]:
+    """Read what a stage of training is: the options of model and training; all others are the job's.
+
+    Raises:
+        ConfigError: it is no recipe, or has other options.
+    """
+    recipe = {name.replace("-", "_"): value for name, value in read_recipe(path).items()}
+    hints = typing.get_type_hints(ModelConfig) | typing.get_type_hints(TrainConfig)
+    if unknown := sorted(recipe.keys() - hints.keys()):
+        known = ", ".join(field.name for kind in (ModelConfig, TrainConfig) for field in fields(kind))
+        raise ConfigError(f"{path}: a stage of training has no option {', '.join(unknown)}, only {known}")
+    try:
+        values = {name: _typed(value, hints[name]) for name, value in recipe.items()}
+    except click.BadParameter as error:
+        raise ConfigError(f"{path}: {error.message}") from None
+    return make(ModelConfig, values), make(TrainConfig, values)
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    if typing.get_origin(hint) is tuple:
+        return tuple(value)
+    kind = next((each for each in typing.get_args(hint) if each is not NoneType), hint)
+    return _TYPES[kind](value)
