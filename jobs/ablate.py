@@ -19,7 +19,7 @@ from mmray.config import AblationConfig, Columns, ComputeConfig, ModelConfig, Tr
 def main(data_uri: str, val_uri: str, unlabeled_uri: str | None, output_uri: str, **settings: Any) -> None:
     """Train the recipe with one part changed at a time, over several seeds: a table, a CSV and a plot.
 
-    Example: ablate.py --config jobs/recipes/coco18.yaml --data rows/train --val rows/val --output ablation
+    Example: ablate.py --config recipe.yaml --data rows/train --val rows/val --output ablation
     """
     with cluster():
         from rich.console import Console

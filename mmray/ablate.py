@@ -33,6 +33,7 @@ from mmray.config import (
 from mmray.datasets import Rows
 from mmray.errors import ConfigError, OutputError
 from mmray.progress import Progress
+from mmray.recipes import is_recipe
 from mmray.self_train import self_train
 from mmray.storage import Folder
 from mmray.training import train_model
@@ -166,6 +167,10 @@ def ablate(
     """
     if "self-training" in config.axes and places.unlabeled_uri is None:
         raise ConfigError("the axis self-training needs --unlabeled")
+    if recipes := [start for start in base.train.init if is_recipe(start)]:
+        raise ConfigError(
+            f"--init {recipes[0]} would be trained for each variant; train it once, and give its bundle"
+        )
     places, donors = places.absolute(), tuple(Folder(uri).uri for uri in base.train.init)
     base = replace(base, train=replace(base.train, init=donors))
     output, variants = Folder(output_uri), list(variants_of(base, config))

@@ -104,8 +104,7 @@ def _read_recipe(context: click.Context, parameter: click.Parameter, path: str |
         values = value if several and isinstance(value, list) else [value]
         if not all(isinstance(each, str) for each in values):
             raise click.BadParameter(f"{path}: {key} must be one value, not a list or a mapping")
-        if value not in ("", "~", "null"):
-            context.default_map[option.name] = values if several else value
+        context.default_map[option.name] = values if several else value
 
 
 def at_edge(function: Callable[..., None]) -> Callable[..., None]:

@@ -5,6 +5,7 @@
     ├── DataError              input that cannot be read or means nothing
     ├── BundleError            a bundle that is damaged, incomplete or of another version
     ├── StorageError           a store that keeps failing; the same command resumes
+    ├── ClusterError           a cluster that is not there yet; the same command later
     └── OutputError            an output that belongs to another job
         └── BudgetError        more failed rows than the budget allows: the job ran and its result is bad
 
@@ -51,6 +52,12 @@ class StorageError(MmrayError):
 
     Not an `OSError`: readers of Parquet take that for damaged pages.
     """
+
+    exit_status = 3
+
+
+class ClusterError(MmrayError):
+    """A cluster on which nothing can run yet."""
 
     exit_status = 3
 

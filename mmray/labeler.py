@@ -151,14 +151,15 @@ class Labeler:
 
     @torch.inference_mode()
     def _score(self, rows: list[Row]) -> np.ndarray:
-        started = time.monotonic()
         config = self.bundle.model_config
         inputs = make_inputs(
             [row.pixels for row in rows],
             *tokenize(self.tokenizer, [row.caption for row in rows], config.max_tokens),
             has_caption=[row.caption is not None for row in rows],
             size_px=config.image_size,
-        ).to(self.device)
+        )
+        started = time.monotonic()
+        inputs = inputs.to(self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits = self.model(inputs)
             if self.flip:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import fields
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -14,6 +13,7 @@ from mmray.config import ModelConfig, TrainConfig, make
 from mmray.errors import ConfigError
 
 SUFFIXES = (".yaml", ".yml")
+NOTHING = ("", "~", "null")
 _TYPES: dict[Any, click.ParamType[Any]] = {
     bool: click.BOOL,
     int: click.INT,
@@ -24,14 +24,14 @@ _TYPES: dict[Any, click.ParamType[Any]] = {
 
 def is_recipe(start: str) -> bool:
     """Tell whether `--init` names a recipe, and not a bundle."""
-    return start.endswith(SUFFIXES)
+    return start.endswith(SUFFIXES) and "://" not in start
 
 
-def read_recipe(path: str) -> dict[str, Any]:
+def read_recipe(path: str) -> dict[str, str | list[str]]:
     """Read the options that a recipe gives: name, as it is written there, to text or a list of it.
 
-    Values stay as they are written, as on the command line: YAML 1.1 reads 1:4 as 64, in base 60. Recipes
-    that `init` names are found beside this one.
+    Values stay as they are written, as on the command line: YAML 1.1 reads 1:4 as 64, in base 60. Those of
+    nothing are left out. Recipes that `init` names are found beside this one.
 
     Raises:
         ConfigError: it is no YAML, or no option: value pairs.
@@ -41,16 +41,19 @@ def read_recipe(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             recipe = yaml.load(file, yaml.BaseLoader) or {}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(recipe, dict):
         raise ConfigError(f"{path} holds no option: value pairs")
-    recipe = {str(key): value for key, value in recipe.items()}
+    recipe = {str(key): value for key, value in recipe.items() if value not in NOTHING}
+    for key, value in recipe.items():
+        if not all(isinstance(each, str) for each in (value if isinstance(value, list) else [value])):
+            raise ConfigError(f"{path}: {key} must be one value, not a list or a mapping")
     if starts := recipe.get("init"):
         starts = starts if isinstance(starts, list) else [starts]
-        recipe["init"] = [
-            str(Path(path).parent / start) if is_recipe(str(start)) else start for start in starts
-        ]
+        recipe["init"] = [str(Path(path).parent / start) if is_recipe(start) else start for start in starts]
     return recipe
 
 
@@ -62,18 +65,19 @@ def read_stage(path: str) -> tuple[ModelConfig, TrainConfig]:
     """
     recipe = {name.replace("-", "_"): value for name, value in read_recipe(path).items()}
     hints = typing.get_type_hints(ModelConfig) | typing.get_type_hints(TrainConfig)
-    if unknown := sorted(recipe.keys() - hints.keys()):
-        known = ", ".join(field.name for kind in (ModelConfig, TrainConfig) for field in fields(kind))
-        raise ConfigError(f"{path}: a stage of training has no option {', '.join(unknown)}, only {known}")
+    if unknown := sorted(recipe.keys() - hints.keys() | recipe.keys() & {"seed"}):
+        raise ConfigError(f"{path}: {', '.join(unknown)}: a stage has options of model and training; drop it")
     try:
-        values = {name: _typed(value, hints[name]) for name, value in recipe.items()}
-    except click.BadParameter as error:
-        raise ConfigError(f"{path}: {error.message}") from None
-    return make(ModelConfig, values), make(TrainConfig, values)
+        values = {name: _typed(name, value, hints[name]) for name, value in recipe.items()}
+        return make(ModelConfig, values), make(TrainConfig, values)
+    except (click.BadParameter, ConfigError) as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
-def _typed(value: Any, hint: Any) -> Any:
+def _typed(name: str, value: str | list[str], hint: Any) -> Any:
     if typing.get_origin(hint) is tuple:
-        return tuple(value)
+        return tuple(value) if isinstance(value, list) else (value,)
+    if isinstance(value, list):
+        raise ConfigError(f"{name} must be one value, not a list or a mapping")
     kind = next((each for each in typing.get_args(hint) if each is not NoneType), hint)
     return _TYPES[kind](value)

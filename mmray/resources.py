@@ -7,10 +7,12 @@ from typing import NamedTuple, TypeVar
 
 import ray
 
-from mmray.config import ComputeConfig
-from mmray.errors import ConfigError
+from mmray.config import ComputeConfig, Workers
+from mmray.errors import ClusterError, ConfigError
 
 TASKS_PER_CPU = 4
+ACTOR_CPUS = 8.0
+"""That one model on CPUs makes good use of."""
 
 Result = TypeVar("Result")
 
@@ -30,9 +32,18 @@ class Resources(NamedTuple):
 
     @classmethod
     def of_cluster(cls) -> Resources:
-        """Ask the cluster."""
+        """Ask the cluster.
+
+        Raises:
+            ClusterError: there is a head alone so far.
+        """
         alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-        return cls({key: Node(has.get("CPU", 0), int(has.get("GPU", 0))) for key, has in alive.items()})
+        there = cls({key: Node(has.get("CPU", 0), int(has.get("GPU", 0))) for key, has in alive.items()})
+        if not there.cpus:
+            raise ClusterError(
+                "the cluster has no CPU beside its head yet; try again when a worker node is up"
+            )
+        return there
 
     @property
     def cpus(self) -> float:
@@ -59,18 +70,19 @@ class Resources(NamedTuple):
             raise ConfigError("--use-gpu: the cluster has no GPU; use --no-gpu, or submit to one that has")
         return use_gpu
 
-    def share(self, num_workers: int, *, use_gpu: bool = False) -> float:
-        """Give the CPUs that each of some workers may have.
+    def share(self, workers: Workers, *, use_gpu: bool = False) -> float:
+        """Give the CPUs that each worker may have.
 
-        On GPUs these are the CPUs that its node has for each GPU. Else the workers share the cluster, and
-        none has more than a node.
+        On GPUs these are the CPUs that a node has for each of them. Else a fixed number of workers share the
+        cluster, and none has more than a node. Of workers whose number may grow each has its part of the
+        cluster if all were there, or `ACTOR_CPUS` if that is more; and never more than the smallest node.
         """
+        nodes = [node for node in self.nodes.values() if node.cpus]
         if use_gpu:
-            return max(node.cpus / node.gpus for node in self.nodes.values() if node.gpus)
-        most = max(node.cpus for node in self.nodes.values())
-        return (
-            min(self.cpus / num_workers, most) or 1.0
-        )  # of a head alone nothing is known about nodes to come
+            return min(node.cpus / node.gpus for node in nodes if node.gpus)
+        if workers.minimum == workers.maximum:
+            return min(self.cpus / workers.maximum, max(node.cpus for node in nodes))
+        return min(max(self.cpus / workers.maximum, ACTOR_CPUS), min(node.cpus for node in nodes))
 
 
 def spread(work: Callable[[Sequence[str]], Result], paths: Sequence[str]) -> list[Result]:

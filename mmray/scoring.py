@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
 
@@ -102,7 +103,7 @@ class Pool(NamedTuple):
         use_gpu = there.use_gpu(compute)
         default = there.gpus if use_gpu else sum(node.cpus > 0 for node in there.nodes.values())
         workers = Workers.parse(compute.num_workers or default)
-        share = there.share(workers.minimum, use_gpu=use_gpu)
+        share = there.share(workers, use_gpu=use_gpu)
         # Reading and committing want a CPU beside the actors. In a pool that grows each asks for more than
         # half of its share, so that actors come with new nodes, and not beside the first ones.
         part = 0.75 if workers.minimum < workers.maximum else 0.5
@@ -217,8 +218,9 @@ class ScoreShards:
                 num_threads=pool.num_threads,
                 decode=IsolatedDecoder() if isolated else None,
             )
-            self.label = TableLabeler(labeler, columns, KeptScores.parse(config.scores), hidden)
-            self.watch = Watch(labeler)
+            self.label = Watch(
+                labeler, TableLabeler(labeler, columns, KeptScores.parse(config.scores), hidden)
+            )
         except Exception as error:
             self.refusal = error
 
@@ -234,10 +236,7 @@ class ScoreShards:
         if error is None:
             moment("before score", "{} {}-{}".format(*parcel.shard))
             try:
-                with self.watch.shard(parcel.shard) as counts:
-                    rows = self._labeled(parcel)
-                    counts.update(rows["status"].to_pylist())
-                return parcel._replace(rows=rows, earlier=None)
+                return parcel._replace(rows=self._labeled(parcel), earlier=None)
             except HungError:  # its thread cannot be stopped, but this process can: Ray starts another one
                 os.kill(os.getpid(), signal.SIGKILL)
             except Exception as raised:
@@ -248,9 +247,10 @@ class ScoreShards:
         if parcel.is_done:
             return parcel.earlier
         assert parcel.rows is not None
+        label = partial(self.label, parcel.shard)
         if parcel.earlier is None:
-            return self.label(parcel.rows)
-        return retry.relabel(self.label, parcel.rows, parcel.earlier)
+            return label(parcel.rows)
+        return retry.relabel(label, parcel.rows, parcel.earlier)
 
 
 @contextmanager

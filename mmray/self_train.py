@@ -26,6 +26,7 @@ from mmray.labeling import label_dataset
 from mmray.pseudo import select
 from mmray.storage import Folder
 from mmray.training import train_model, train_stages
+from mmray.warm_start import check_stages
 
 log = logging.getLogger(__name__)
 
@@ -79,15 +80,16 @@ def self_train(
         OutputError: the output holds what came of other data or another recipe.
     """
     config, columns = config or SelfTrainConfig(), columns or Columns()
-    compute, train = compute or ComputeConfig(), train or TrainConfig()
+    compute, model, train = compute or ComputeConfig(), model or ModelConfig(), train or TrainConfig()
     started, output = time.monotonic(), Folder(output_uri)
     if output.read_json("config.json") is not None and output.read_json(REPORT) is None:
         raise OutputError(f"{output} holds a bundle of unknown origin; choose another --output")
+    labeled = Rows.find(data_uri, columns)
+    unlabeled = Rows.find(unlabeled_uri, columns, needs=("image", "caption"))
+    check_stages(model, train)
     # Once for all rounds: teacher and students start from the same stages.
     train = train_stages(data_uri, val_uri, output_uri, train, columns, compute, progress=progress)
     settings: tuple[Any, ...] = (model, train, columns, compute)
-    labeled = Rows.find(data_uri, columns)
-    unlabeled = Rows.find(unlabeled_uri, columns, needs=("image", "caption"))
 
     def bundle_of(number: int) -> str:
         return f"{output}/{ROUNDS}/{number}/bundle"

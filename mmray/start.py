@@ -56,16 +56,17 @@ class Start:
 
 
 def recipe_of(
-    parts: list[Rows], val: Rows, model: ModelConfig, train: TrainConfig, donors: Mapping[str, Bundle]
+    parts: list[Rows], val: Rows, model: ModelConfig, train: TrainConfig, donors: Mapping[str, Bundle] | None
 ) -> dict[str, Any]:
-    """Give all that the trained model depends on."""
+    """Give all that the trained model depends on; without donors where they are not known yet."""
+    init = None if donors is None else {part: bundle.fingerprint for part, bundle in donors.items()}
     columns = asdict(val.columns) | {"image_prefixes": [*val.columns.image_prefixes]}  # JSON has no tuples
     return {
         **{name: fingerprint(part.identity()) for name, part in zip(("data", "pseudo"), parts, strict=False)},
         "val": fingerprint(val.identity()),
         "columns": columns,
         "model": asdict(model),
-        "train": asdict(train) | {"init": {part: bundle.fingerprint for part, bundle in donors.items()}},
+        "train": asdict(train) | {"init": init},
     }
 
 
@@ -80,7 +81,10 @@ def is_finished(output: Folder, recipe: dict[str, Any]) -> bool:
     if known is None:
         if finished:
             raise OutputError(f"{output} holds a bundle of unknown origin; choose another --output")
-    elif found := differences(known, recipe):
+        return False
+    if recipe["train"]["init"] is None:
+        known["train"]["init"] = None
+    if found := differences(known, recipe):
         raise OutputError(f"{output} was trained otherwise ({'; '.join(found)}); choose another --output")
     return finished
 

@@ -40,7 +40,7 @@ from mmray.resources import Resources
 from mmray.start import RECIPE, RUN, Start, is_finished, prepare_start, recipe_of
 from mmray.storage import Folder
 from mmray.validation import VALIDATION, Validation
-from mmray.warm_start import find_donors
+from mmray.warm_start import check_stages, find_donors
 from mmray.worker import TrainJob, train_worker
 
 log = logging.getLogger(__name__)
@@ -91,13 +91,16 @@ def train_model(
     model, train = model or ModelConfig(), train or TrainConfig()
     columns, compute = columns or Columns(), compute or ComputeConfig()
     started = time.monotonic()
-    train = train_stages(data_uri, val_uri, output_uri, train, columns, compute, progress=progress)
     output = Folder(output_uri)
     rows, val = Rows.find(data_uri, columns), Rows.find(val_uri, columns)
     parts = [rows, pseudo] if pseudo else [rows]
     workers = TrainWorkers.on_cluster(compute)
     if rows.num_rows < workers.scaling.maximum:
         raise DataError(f"{data_uri}: {rows.num_rows} rows for {workers.scaling.maximum} workers; use fewer")
+    if any(map(is_recipe, train.init)):  # whose bundles are still to come: all else is held beforehand
+        check_stages(model, train)
+        is_finished(output, recipe_of(parts, val, model, train, None))
+        train = train_stages(data_uri, val_uri, output_uri, train, columns, compute, progress=progress)
     donors = find_donors(model, train.init)
     recipe = recipe_of(parts, val, model, train, donors)
     if is_finished(output, recipe):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import safetensors.torch
 
 from mmray.bundle import Bundle
-from mmray.config import ModelConfig
+from mmray.config import ModelConfig, TrainConfig
 from mmray.errors import ConfigError
 from mmray.model import MultimodalModel
+from mmray.recipes import is_recipe, read_stage
 from mmray.schema import Vocabulary
 
 SAME_HEAD = ("fusion", "vision", "text", "width", "num_heads")
@@ -32,23 +34,46 @@ def find_donors(config: ModelConfig, uris: Iterable[str]) -> dict[str, Bundle]:
     """
     donors: dict[str, Bundle] = {}
     for uri in uris:
-        bundle, found = Bundle.load(uri), set[str]()
-        theirs = bundle.model_config
-        for part, name, without in (("image", "vision", "text"), ("caption", "text", "image")):
-            if without in (theirs.fusion, config.fusion):
-                continue
-            ours, its = getattr(config, name), getattr(theirs, name)
-            if its != ours:
-                raise ConfigError(f"--init {uri} has the tower {its}, not {ours}; use --{name} {its}")
-            found.add(part)
-        if not found:
-            raise ConfigError(
-                f"--init {uri} ({theirs.fusion}) has no tower that --fusion {config.fusion} uses"
-            )
-        if all(getattr(theirs, name) == getattr(config, name) for name in SAME_HEAD):
-            found.add("head")
-        donors |= dict.fromkeys(found, bundle)
+        bundle = Bundle.load(uri)
+        donors |= dict.fromkeys(given_parts(config, bundle.model_config, uri), bundle)
     return donors
+
+
+def given_parts(config: ModelConfig, theirs: ModelConfig, name: str) -> set[str]:
+    """Tell what a model takes from another: `image`, `caption` and `head`, as far as both have them.
+
+    Raises:
+        ConfigError: their towers differ, or there is nothing to give; `name` says whose they are.
+    """
+    found = set[str]()
+    for part, tower, without in (("image", "vision", "text"), ("caption", "text", "image")):
+        if without in (theirs.fusion, config.fusion):
+            continue
+        ours, its = getattr(config, tower), getattr(theirs, tower)
+        if its != ours:
+            raise ConfigError(f"--init {name} has the tower {its}, not {ours}; use --{tower} {its}")
+        found.add(part)
+    if not found:
+        raise ConfigError(f"--init {name} ({theirs.fusion}) has no tower that --fusion {config.fusion} uses")
+    if all(getattr(theirs, setting) == getattr(config, setting) for setting in SAME_HEAD):
+        found.add("head")
+    return found
+
+
+def check_stages(model: ModelConfig, train: TrainConfig, seen: tuple[str, ...] = ()) -> None:
+    """Read the recipes among `--init`, and those that they name, before the first of them is trained.
+
+    Raises:
+        ConfigError: a recipe cannot be read, gives no tower that is wanted, or comes twice.
+    """
+    recipes = [start for start in train.init if is_recipe(start)]
+    for place, path in enumerate(recipes):
+        earlier = [*seen, *(Path(other).stem for other in recipes[:place])]
+        if (stage := Path(path).stem) in earlier:
+            raise ConfigError(f"--init {path}: a stage {stage!r} comes before it already")
+        theirs, its = read_stage(path)
+        given_parts(model, theirs, path)
+        check_stages(theirs, its, (*seen, stage))
 
 
 def without_other_labels(donors: Mapping[str, Bundle], vocabulary: Vocabulary) -> dict[str, Bundle]:

@@ -12,10 +12,10 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
 from ray.util import metrics
 
 from mmray.plan import Shard
@@ -30,11 +30,11 @@ TINY = 1e-9
 
 
 class Watch:
-    """Follows an actor from shard to shard."""
+    """Labels tables, and follows how that goes."""
 
-    def __init__(self, labeler: Labeler) -> None:
-        """Start the clock."""
-        self.labeler = labeler
+    def __init__(self, labeler: Labeler, label: Callable[[pa.Table], pa.Table]) -> None:
+        """Take the model, and what labels tables with it; starts the clock."""
+        self.labeler, self.label = labeler, label
         self.rows = metrics.Counter("mmray_rows", "Rows scored.", ("status",))
         self.model = metrics.Counter("mmray_model_seconds", "Seconds in which the model computed.")
         self.wait = metrics.Counter("mmray_wait_seconds", "Seconds without a shard to score.")
@@ -45,14 +45,16 @@ class Watch:
             log.setLevel(logging.INFO)
             log.propagate = False
 
-    @contextmanager
-    def shard(self, shard: Shard) -> Iterator[Counter[str]]:
-        """Time a shard; to be filled with its rows by status."""
-        began, computed, counts = time.monotonic(), self.labeler.model_seconds, Counter[str]()
+    def __call__(self, shard: Shard, rows: pa.Table) -> pa.Table:
+        """Label the rows of a shard that want it."""
+        began, computed = time.monotonic(), self.labeler.model_seconds
         waited = began - self._idle_since
-        yield counts
-        self._idle_since = now = time.monotonic()
+        try:
+            labeled = self.label(rows)
+        finally:
+            self._idle_since = now = time.monotonic()
         computed = self.labeler.model_seconds - computed
+        counts = Counter(labeled["status"].to_pylist())
         for status, count in counts.items():
             self.rows.inc(count, {"status": status})
         self.model.inc(max(computed, TINY))
@@ -61,3 +63,4 @@ class Watch:
         seconds = {"seconds": now - began, "model_s": computed, "waited_s": waited}
         rounded = {name: round(value, 3) for name, value in seconds.items()}
         log.info(json.dumps({"shard": [*shard], "rows": counts.total(), **counts, **rounded}))
+        return labeled

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 import uuid
 from pathlib import Path
@@ -38,10 +37,6 @@ class Cluster:
             f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # a job's `python` is this one
         )
         self.environment = os.environ | {"PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
-        # Keys are the head's alone: that workers have them is for the jobs to see to.
-        self.keyless = {
-            name: value for name, value in self.environment.items() if not name.startswith("AWS_")
-        }
         self.nodes = [Node(folder, num_cpus=0, dashboard_port=port, environment=self.environment)]
 
     def start(self):
@@ -53,7 +48,7 @@ class Cluster:
 
     def add_node(self):
         """Start a worker node, and give it."""
-        self.nodes.append(Node(self.folder, self.nodes[0], environment=self.keyless))
+        self.nodes.append(Node(self.folder, self.nodes[0], environment=self.environment))
         return self.nodes[-1].wait_until_up()
 
     def job(self, verb, *words):
@@ -129,15 +124,10 @@ def test_labeling_ends_with_its_result_and_what_it_said(two_nodes, archive, labe
     assert f"{archive.num_rows:,} rows" in ended.stdout
     assert verify_dataset(str(archive.folder), str(tmp_path / "labeled")).problems == []
     assert two_nodes.info("label")["driver_exit_code"] == 0
-
-
-def test_what_is_uploaded_is_the_code_alone(two_nodes, label):
     package, *_ = two_nodes.folder.glob("*/session_2*/runtime_resources/working_dir_files/_ray_pkg_*/")
     files = [path.relative_to(package) for path in package.rglob("*") if path.is_file()]
     assert {"jobs/label.py", "mmray/labeling.py", "jobs/runtime-env.yaml"} <= set(map(str, files))
-    assert {path.parts[0] for path in files}.isdisjoint(
-        {".git", ".venv", "build", "tests", "cluster", "requirements.lock"}
-    )
+    assert {path.parts[0] for path in files} == {"jobs", "mmray", "pyproject.toml"}, "the code alone"
     assert sum((package / path).stat().st_size for path in files) < MAX_UPLOAD_BYTES
 
 
@@ -177,7 +167,6 @@ def test_a_pool_grows_onto_a_node_that_comes_and_the_job_outlives_all_nodes(
     poll(lambda: any(SCORING in title for title in come.processes().values()), come.processes)
     for node in two_nodes.nodes[1:]:
         assert node.kill()
-    time.sleep(5)
     two_nodes.add_node()
     poll(lambda: two_nodes.info("grows")["status"] != "RUNNING", lambda: two_nodes.info("grows"))
     assert two_nodes.info("grows")["driver_exit_code"] == 0, two_nodes.job("logs", "grows").stdout
@@ -196,11 +185,10 @@ def test_a_job_that_is_stopped_lets_go_and_its_successor_resumes(two_nodes, arch
     poll(lambda: "ray_mmray_rows" in two_nodes.nodes[-1].metrics(), lambda: two_nodes.nodes[-1].metrics())
     (line, *_) = two_nodes.shards_logged()
     assert {"shard", "rows", "ok", "seconds", "model_s", "waited_s"} <= line.keys()
-    began = time.monotonic()
     stopped = two_nodes.job("stop", "stopped")
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     assert two_nodes.info("stopped")["status"] == "STOPPED"
-    assert time.monotonic() - began < 30
+    assert "told to end" in two_nodes.job("logs", "stopped").stdout, "killed before it could let go"
     poll(lambda: not two_nodes.driver("label.py"), lambda: "the driver's end")
     poll(lambda: not marked(str(tmp_path), FOLDER), lambda: marked(str(tmp_path), FOLDER))
     ended = two_nodes.submit(*label, name="resumed")

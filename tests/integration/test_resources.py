@@ -3,11 +3,13 @@
 import pytest
 
 from mmray.config import ComputeConfig
+from mmray.errors import ClusterError
 from mmray.resources import Node, Resources
 from mmray.scoring import Pool
 
 LAPTOP = Resources({"one": Node(2)})
-HEAD_ALONE = Resources({"head": Node(0)})
+ONE_LARGE = Resources({"one": Node(64)})
+MIXED = Resources({"head": Node(0), "large": Node(16), "small": Node(4), "other": Node(4)})
 GPU_NODE = Resources({"head": Node(0), "gpus": Node(32, 4)})
 MANY = Resources({"head": Node(0), **{f"node-{number}": Node(8) for number in range(4)}})
 
@@ -18,7 +20,8 @@ MANY = Resources({"head": Node(0), **{f"node-{number}": Node(8) for number in ra
         (LAPTOP, None, 1, 2),
         (LAPTOP, "2", 0.5, 1),
         (LAPTOP, "1:8", 1.5, 2),  # no second one fits beside it: what comes later brings its own CPUs
-        (HEAD_ALONE, "1:8", 0.75, 1),
+        (ONE_LARGE, "1:8", 7, 8),
+        (MIXED, "1:8", 3, 4),  # the smallest node takes one
         (GPU_NODE, "1:16", 1, 8),  # 8 of a node's CPUs for each of its GPUs
         (GPU_NODE, None, 1, 8),
         (MANY, None, 7, 8),
@@ -36,3 +39,11 @@ def test_an_actor_has_its_share_of_a_node(monkeypatch, there, num_workers, asked
 def test_workers_of_a_node_share_its_threads():
     assert GPU_NODE.threads("gpus", 3) == 10
     assert LAPTOP.threads("one", 5) == 1
+
+
+def test_a_head_alone_is_a_cluster_that_is_not_there_yet(monkeypatch):
+    head = {"NodeID": "head", "Alive": True, "Resources": {"memory": 1.0}}
+    monkeypatch.setattr("mmray.resources.ray.nodes", lambda: [head])
+    with pytest.raises(ClusterError, match="worker node is up") as raised:
+        Resources.of_cluster()
+    assert raised.value.exit_status == 3  # a scheduler tries again

@@ -7,6 +7,7 @@ import pytest
 from mmray.config import ModelConfig, TrainConfig
 from mmray.errors import ConfigError
 from mmray.recipes import is_recipe, read_recipe, read_stage
+from mmray.warm_start import check_stages
 
 RECIPES = Path(__file__).parents[2] / "jobs" / "recipes"
 
@@ -32,6 +33,10 @@ def test_a_stage_has_the_types_of_the_options(recipe):
     ("text", "named"),
     [
         ("num-workers: 2", "num_workers"),
+        ("seed: 1", "seed"),
+        ("epochs: [1, 2]", "epochs must be one value"),
+        ("init: [[a]]", "init must be one value"),
+        ("image-size: 1", r"stage\.yaml: --image-size 1"),
         ("epochs: many", "many"),
         ("fusion: sum", "--fusion 'sum'"),
         ("- a\n- b", "no option: value pairs"),
@@ -53,6 +58,19 @@ def test_stages_are_found_beside_the_recipe_that_names_them_and_bundles_where_th
     assert stage == str(Path(recipe("")).parent / "other.yaml")
     assert bundle == "models/first"
     assert read_recipe(recipe("init: other.yaml"))["init"] == [stage]
+    assert read_recipe(recipe("init: ~")) == {}
+    assert read_recipe(recipe("init: s3://bucket/first.yaml"))["init"] == ["s3://bucket/first.yaml"]
+
+
+def test_stages_are_held_before_the_first_is_trained(recipe):
+    """A tower that does not fit, a stage that names itself."""
+    train = TrainConfig(init=(recipe("fusion: image\nvision: resnet18\n"),))
+    with pytest.raises(ConfigError, match="has the tower resnet18, not resnet34"):
+        check_stages(ModelConfig(vision="resnet34"), train)
+    check_stages(ModelConfig(vision="resnet18"), train)
+    recipe("fusion: image\nvision: resnet18\ninit: stage.yaml\n")
+    with pytest.raises(ConfigError, match="'stage' comes before it already"):
+        check_stages(ModelConfig(vision="resnet18"), train)
 
 
 def test_every_stage_that_comes_with_mmray_can_be_read():
