@@ -177,7 +177,15 @@ def cluster() -> Iterator[None]:
     """Join the Ray cluster that the environment names, or start one on this machine; quiet either way.
 
     Without a cluster, the local one ends with the job.
+
+    Raises:
+        ConfigError: the environment names a job server instead.
     """
+    if (address := os.environ.get("RAY_ADDRESS", "")).startswith(("http://", "https://")):
+        raise ConfigError(
+            f"RAY_ADDRESS={address} is a job server: hand it this command with `ray job submit`, "
+            "or unset RAY_ADDRESS to run here"
+        )
     quiet = not is_verbose()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")

@@ -85,7 +85,11 @@ class Rows:
 
 
 def examples(
-    parts: Sequence[Rows], vocabulary: Vocabulary, seed: tuple[int, ...] | None = None
+    parts: Sequence[Rows],
+    vocabulary: Vocabulary,
+    seed: tuple[int, ...] | None = None,
+    *,
+    num_cpus: float = 1,
 ) -> ray.data.Dataset:
     """Stream rows to learn from: `image`, `caption`, and for each label what is true and whether it is known.
 
@@ -93,8 +97,10 @@ def examples(
         parts: rows that are shuffled together.
         vocabulary: of the L labels; the blocks' `targets` are list<float32>[L], their `mask` list<bool>[L].
         seed: as in `Rows.dataset`.
+        num_cpus: that each task asks for.
     """
-    return ray.data.read_datasource(RowSource(tuple(parts), ("image", "caption"), seed, vocabulary))
+    source = RowSource(tuple(parts), ("image", "caption"), seed, vocabulary)
+    return ray.data.read_datasource(source, num_cpus=num_cpus)
 
 
 class RowSource(Datasource):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import socket
+from difflib import get_close_matches
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -124,7 +125,7 @@ def _create_backbone(config: ModelConfig) -> Any:
 
     name = config.vision
     if not name.startswith(("local-dir:", "hf-hub:")) and not timm.is_model(name.split(".")[0]):
-        near = timm.list_models(f"{name[:8]}*")[:4] or timm.list_models("efficientnet*")[:4]
+        near = get_close_matches(name, timm.list_models(), 4) or timm.list_models("efficientnet_b?")
         raise ConfigError(f"--vision {name!r} is no timm model; there are {', '.join(near)}, and more")
     settings: dict[str, Any] = {"num_classes": 0, "global_pool": ""}
     known = timm.get_pretrained_cfg(name, allow_unregistered=True)

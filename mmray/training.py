@@ -13,11 +13,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from threading import Thread
 from typing import Any
 
 import ray
@@ -25,7 +22,6 @@ import ray.data
 import ray.train
 import safetensors.torch
 from ray.train.torch import TorchTrainer
-from ray.util.queue import Queue
 
 from mmray.bundle import Bundle, save_bundle
 from mmray.card import model_card
@@ -34,7 +30,7 @@ from mmray.datasets import ExactValidation, Rows, decode_rows, examples
 from mmray.errors import DataError
 from mmray.images import Augmentation
 from mmray.learner import PROGRESS
-from mmray.progress import Progress
+from mmray.news import heard
 from mmray.recipes import is_recipe, read_stage
 from mmray.resources import Resources
 from mmray.start import RECIPE, RUN, Start, is_finished, prepare_start, recipe_of
@@ -42,6 +38,9 @@ from mmray.storage import Folder
 from mmray.validation import VALIDATION, Validation
 from mmray.warm_start import check_stages, find_donors
 from mmray.worker import TrainJob, train_worker
+
+GROWTH_CHECK_S = 30
+"""Between two looks for workers of a group that may grow. Growing costs the epoch that is under way."""
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +109,7 @@ def train_model(
     num_bytes, architecture = ray.get(try_building.remote(start, model))
     log.info("model: %s", ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in num_bytes.items()))
     output.publish_json(RECIPE, recipe)  # what cannot be built has taken no output
-    with told(progress, train.epochs) as news:
+    with heard(progress, train.epochs) as news:
         num_rows = sum(part.num_rows for part in parts)
         datasets = [PurePosixPath(part.folder.uri).name for part in parts]
         job = TrainJob(model, train, start, datasets, num_rows, output / RUN, news)
@@ -168,6 +167,8 @@ class TrainWorkers:
     scaling: Workers
     use_gpu: bool
     num_cpus: float
+    task_cpus: float
+    """Of each task that reads and decodes for them."""
 
     @classmethod
     def on_cluster(cls, compute: ComputeConfig) -> TrainWorkers:
@@ -179,8 +180,12 @@ class TrainWorkers:
         there = Resources.of_cluster()
         use_gpu = there.use_gpu(compute)
         scaling = Workers.parse(compute.num_workers or (there.gpus if use_gpu else 1))
-        # Decoding needs CPUs beside the workers, or both would wait for one another.
-        return cls(scaling, use_gpu, min(1.0, (there.cpus - 1) / scaling.maximum))
+        # Decoding needs CPUs beside the workers, or both would wait for one another. Workers of a group that
+        # grows ask for more than half of a node, so that they come with new nodes, not beside the first ones.
+        if scaling.minimum < scaling.maximum and not use_gpu:
+            share = there.share(scaling)
+            return cls(scaling, use_gpu, 0.6 * share, min(1.0, 0.2 * share))
+        return cls(scaling, use_gpu, min(1.0, (there.cpus - 1) / scaling.maximum), 1)
 
 
 def fit(
@@ -192,20 +197,22 @@ def fit(
     augmentation = Augmentation(config.crop, config.colour, config.rand_augment)
     filesystem, path = (output / RUN).arrow()
     low, high = workers.scaling.minimum, workers.scaling.maximum
+    tasks = {"batch_size": 128, "batch_format": "pyarrow", "num_cpus": workers.task_cpus}
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
         datasets={
-            "train": examples(parts, vocabulary, seed).map_batches(
-                decode_rows, fn_args=(job.model, augmentation), **DECODE_BATCHES
+            "train": examples(parts, vocabulary, seed, num_cpus=workers.task_cpus).map_batches(
+                decode_rows, fn_args=(job.model, augmentation), **tasks
             ),
-            "val": examples([val], vocabulary).map_batches(
-                decode_rows, fn_args=(job.model,), **DECODE_BATCHES
+            "val": examples([val], vocabulary, num_cpus=workers.task_cpus).map_batches(
+                decode_rows, fn_args=(job.model,), **tasks
             ),
         },
         dataset_config=ExactValidation(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=low if low == high else (low, high),
+            elastic_resize_monitor_interval_s=GROWTH_CHECK_S,
             use_gpu=workers.use_gpu,
             resources_per_worker={"CPU": workers.num_cpus} | ({"GPU": 1} if workers.use_gpu else {}),
         ),
@@ -223,39 +230,10 @@ def fit(
     return result.get_best_checkpoint("sample_f1", "max"), result.checkpoint
 
 
-DECODE_BATCHES: dict[str, Any] = {"batch_size": 128, "batch_format": "pyarrow"}
-
-
 def num_epochs_done(output: Folder) -> int:
     """Give the epochs that checkpoints hold: a run that resumes must not repeat the first ones' order."""
     run = output / f"{RUN}/run"
     return max((run.read_json(path)["epoch"] for path in run.list(f"/{PROGRESS}")), default=0)
-
-
-@contextmanager
-def told(show: bool, epochs: int) -> Iterator[Queue | None]:
-    """Give workers a queue for news, and show what comes; None when nobody wants to know."""
-    if not show:
-        yield None
-        return
-    news = Queue(actor_options={"num_cpus": 0})
-
-    def listen(progress: Progress) -> None:
-        while (item := news.get()) is not None:
-            if "line" in item:
-                progress.print(item["line"])
-            else:
-                progress.total = item["steps_per_epoch"] * epochs
-                progress.update(item["step"], epoch=f"{-(-item['step'] // item['steps_per_epoch'])}/{epochs}")
-
-    with Progress("train", 1, "steps") as progress:
-        thread = Thread(target=listen, args=(progress,), name="news", daemon=True)
-        thread.start()
-        try:
-            yield news
-        finally:
-            news.put(None)
-            thread.join(timeout=5)
 
 
 def save_best(

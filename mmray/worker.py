@@ -22,6 +22,7 @@ from mmray.captions import tokenize
 from mmray.config import ModelConfig, TrainConfig
 from mmray.events import EVENTS, event_file
 from mmray.learner import Batches, Learner, drop_modalities, drop_words, freeze_unused, inputs_of
+from mmray.news import News
 from mmray.resources import Resources
 from mmray.start import Start
 from mmray.storage import Folder
@@ -29,8 +30,7 @@ from mmray.validation import Validation, add_up
 from mmray.words import words_of
 
 SHUFFLE_BUFFER_BYTES = 256 << 20
-NEWS_INTERVAL_S = 0.5
-HISTORY = ("epoch", "loss", "sample_f1", "map", "macro_f1", "seconds")
+HISTORY = ("epoch", "loss", "sample_f1", "map", "macro_f1", "seconds", "workers")
 """What is remembered of each epoch."""
 
 
@@ -86,6 +86,7 @@ def train_worker(config: dict[str, Any]) -> None:
         validation = Validation.of(learner, val.iter_torch_batches(**stream), len(job.start.vocabulary))
         metrics = validation.measure(job.start.vocabulary, learner.device)
         metrics |= {"epoch": epoch, "loss": loss, "seconds": time.monotonic() - started}
+        metrics["workers"] = world_size
         better = metrics["sample_f1"] > state["best"]
         state = {
             "epoch": epoch,
@@ -96,7 +97,8 @@ def train_worker(config: dict[str, Any]) -> None:
         }
         news.tell(
             f"epoch {epoch}: loss {loss:.4f}, validation sample F1 {metrics['sample_f1']:.4f}, "
-            f"mAP {metrics['map']:.4f}, macro F1 {metrics['macro_f1']:.4f} ({metrics['seconds']:.0f} s)"
+            f"mAP {metrics['map']:.4f}, macro F1 {metrics['macro_f1']:.4f} ({metrics['seconds']:.0f} s"
+            + (f" of {world_size} workers)" if world_size > 1 else ")")
             + (" *" if better else "")
         )
         if rank == 0:
@@ -148,28 +150,6 @@ def report(learner: Learner, state: dict[str, Any], validation: Validation, rank
             validation.save(Path(folder))
         metrics = {name: state["metrics"][name] for name in ("epoch", "sample_f1", "map", "loss")}
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint(folder) if rank == 0 else None)
-
-
-class News:
-    """What the first worker tells the driver, as far as somebody listens."""
-
-    def __init__(self, queue: Queue | None) -> None:
-        """Take the driver's queue."""
-        self.queue = queue
-        self._told = 0.0
-
-    def about(self, batches: Batches, epoch: int, num_steps: int) -> Batches:
-        """Pass batches on, and tell now and then how many have been."""
-        for step, batch in enumerate(batches, 1):
-            yield batch
-            if self.queue is not None and time.monotonic() - self._told > NEWS_INTERVAL_S:
-                self._told = time.monotonic()
-                self.queue.put({"step": (epoch - 1) * num_steps + step, "steps_per_epoch": num_steps})
-
-    def tell(self, line: str) -> None:
-        """Tell a line."""
-        if self.queue is not None:
-            self.queue.put({"line": line})
 
 
 class Collate(NumpyBatchCollateFn):

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import urllib.request
 import uuid
+from itertools import groupby
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -23,6 +24,7 @@ REPOSITORY = Path(__file__).parents[2]
 RUNTIME_ENV = REPOSITORY / "jobs" / "runtime-env.yaml"
 MAX_UPLOAD_BYTES = 2 << 20
 NUM_FILES = 8
+NUM_EPOCHS = 50
 
 
 class Cluster:
@@ -64,12 +66,16 @@ class Cluster:
         words = [*options.split(), "--runtime-env", str(runtime_env), "--submission-id", name]
         return self.job("submit", *words, *([] if wait else ["--no-wait"]), "--", *map(str, entrypoint))
 
-    def info(self, name):
+    def info(self, name, what=""):
         """Ask the job server about a job."""
         headers = {"Authorization": f"Bearer {self.token}"}
-        request = urllib.request.Request(f"{self.server}/api/jobs/{name}", headers=headers)
+        request = urllib.request.Request(f"{self.server}/api/jobs/{name}{what}", headers=headers)
         with urllib.request.urlopen(request) as answer:
             return json.load(answer)
+
+    def logs(self, name):
+        """Give what a job has said so far."""
+        return self.info(name, "/logs")["logs"]
 
     def shards_logged(self):
         """Give the lines that workers wrote about the shards that they scored."""
@@ -131,16 +137,46 @@ def test_labeling_ends_with_its_result_and_what_it_said(two_nodes, archive, labe
     assert sum((package / path).stat().st_size for path in files) < MAX_UPLOAD_BYTES
 
 
-def test_training_leaves_a_bundle(two_nodes, draw_rows, tmp_path):
+@pytest.fixture
+def train(draw_rows, tmp_path):
+    """Give the command that trains a small model on drawn rows."""
     for name, num_rows in {"train": 96, "val": 32}.items():
         (tmp_path / name).mkdir()
         pq.write_table(draw_rows(num_rows), tmp_path / name / "a.parquet", row_group_size=16)
     options = ("--data", tmp_path / "train", "--val", tmp_path / "val", "--output", tmp_path / "bundle")
     towers = ("--vision", "test_efficientnet", "--image-size", "32", "--width", "32", "--no-pretrained")
-    ended = two_nodes.submit("python", "jobs/train.py", *options, *towers, "--epochs", "1", name="train")
+    return ("python", "jobs/train.py", *options, *towers)
+
+
+def test_training_leaves_a_bundle(two_nodes, train, tmp_path):
+    ended = two_nodes.submit(*train, "--epochs", "1", name="train")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "epoch 1: loss" in ended.stdout
     assert Bundle.load(str(tmp_path / "bundle")).vocabulary
+
+
+def test_training_goes_on_with_the_workers_that_there_are(two_nodes, train, tmp_path):
+    """A node dies with its worker, another one comes: each epoch is learned once, by whoever is there."""
+    second = two_nodes.add_node()
+    epochs = ("--epochs", NUM_EPOCHS, "--patience", NUM_EPOCHS)
+    started = two_nodes.submit(*train, "--num-workers", "1:2", *epochs, name="elastic", wait=False)
+    assert started.returncode == 0, started.stdout + started.stderr
+
+    def epochs_by():
+        told = two_nodes.logs("elastic")
+        assert two_nodes.info("elastic")["status"] in ("PENDING", "RUNNING", "SUCCEEDED"), told
+        return [int(of or 1) for of in re.findall(r"epoch \d+: .* s(?: of (\d) workers)?\)", told)]
+
+    poll(lambda: 2 in epochs_by(), epochs_by)
+    assert second.kill()
+    poll(lambda: 1 in epochs_by(), epochs_by)
+    two_nodes.add_node()
+    poll(lambda: 2 in epochs_by()[epochs_by().index(1) :], epochs_by)
+    poll(lambda: two_nodes.info("elastic")["status"] == "SUCCEEDED", epochs_by)
+    history = json.loads((tmp_path / "bundle" / "metrics.json").read_text())["history"]
+    assert [epoch["epoch"] for epoch in history] == list(range(1, NUM_EPOCHS + 1))
+    workers = [number for number, _ in groupby(epoch["workers"] for epoch in history)]
+    assert workers == [2, 1, 2]
 
 
 def test_wrong_use_fails_the_job_with_its_status(two_nodes, label):
@@ -169,7 +205,7 @@ def test_a_pool_grows_onto_a_node_that_comes_and_the_job_outlives_all_nodes(
         assert node.kill()
     two_nodes.add_node()
     poll(lambda: two_nodes.info("grows")["status"] != "RUNNING", lambda: two_nodes.info("grows"))
-    assert two_nodes.info("grows")["driver_exit_code"] == 0, two_nodes.job("logs", "grows").stdout
+    assert two_nodes.info("grows")["driver_exit_code"] == 0, two_nodes.logs("grows")
     assert verify_dataset(str(rows), str(tmp_path / "labeled")).problems == []
 
 
@@ -188,7 +224,7 @@ def test_a_job_that_is_stopped_lets_go_and_its_successor_resumes(two_nodes, arch
     stopped = two_nodes.job("stop", "stopped")
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     assert two_nodes.info("stopped")["status"] == "STOPPED"
-    assert "told to end" in two_nodes.job("logs", "stopped").stdout, "killed before it could let go"
+    assert "told to end" in two_nodes.logs("stopped"), "killed before it could let go"
     poll(lambda: not two_nodes.driver("label.py"), lambda: "the driver's end")
     poll(lambda: not marked(str(tmp_path), FOLDER), lambda: marked(str(tmp_path), FOLDER))
     ended = two_nodes.submit(*label, name="resumed")

@@ -6,6 +6,7 @@ import random
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.message import Message
@@ -44,6 +45,8 @@ class FaultyProxy:
         self.upstream = upstream
         self.requests: list[Request] = []
         self.num_faults = 0
+        self.latency_s = 0.0
+        """That every request waits, as on the way to a store that is far."""
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._spoil = self._nothing
@@ -141,6 +144,7 @@ def _handler(proxy: FaultyProxy) -> type[BaseHTTPRequestHandler]:
 
         def pass_on(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+            time.sleep(proxy.latency_s)
             fault = proxy.choose(Request(self.command, self.path), self.headers)
             if fault == "reset before":
                 return self.reset()

@@ -12,7 +12,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from mmray.cli import VERBOSE, at_edge, job, options
+from mmray.cli import VERBOSE, at_edge, cluster, job, options
 from mmray.config import option
 from mmray.errors import BudgetError, ConfigError, DataError, MmrayError, find_error
 
@@ -222,6 +222,12 @@ def test_no_line_at_the_edge_holds_a_secret(kind, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "swordfish")
     result = edge(kind("GET http://store/?X-Amz-Signature=abcdef with swordfish"))
     assert "GET" in result.stderr and "abcdef" not in result.output and "swordfish" not in result.output
+
+
+def test_the_address_of_a_job_server_is_no_place_to_run(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    with pytest.raises(ConfigError, match=r"RAY_ADDRESS=http://head:8265 .*ray job submit"), cluster():
+        pytest.fail("it ran")
 
 
 def test_an_interrupted_job_says_that_it_resumes():

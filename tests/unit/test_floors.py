@@ -63,6 +63,7 @@ FLOORS = [
         "resources",
         "datasets",
         "start",
+        "news",
         "worker",
         "training",
         "watching",
