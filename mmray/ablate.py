@@ -28,10 +28,10 @@ from mmray.config import (
     ModelConfig,
     SelfTrainConfig,
     TrainConfig,
-    fingerprint,
 )
 from mmray.datasets import Rows
 from mmray.errors import ConfigError, OutputError
+from mmray.fingerprints import fingerprint
 from mmray.progress import Progress
 from mmray.recipes import is_recipe
 from mmray.self_train import self_train

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmray.columns import require_columns, require_kinds, text_values
-from mmray.config import Columns, fingerprint
+from mmray.config import Columns
 from mmray.errors import DataError, OutputError
 from mmray.fetch import fetch_images, image_values
 from mmray.files import read_text
+from mmray.fingerprints import fingerprint
 from mmray.label_studio import Answer, read_answers
 from mmray.parquet import DataFile, describe_files, find_files, read_units
 from mmray.schema import CANONICAL_SCHEMA, Label

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmray.config import ModelConfig, fingerprint, from_json
+from mmray.config import ModelConfig, from_json
 from mmray.decisions import Calibration
 from mmray.errors import BundleError, ConfigError, DataError
+from mmray.fingerprints import fingerprint
 from mmray.schema import Vocabulary
 from mmray.storage import Folder
 

@@ -1,14 +1,12 @@
 """Settings: one frozen dataclass per concern, checked where it is made.
 
-Each field names its type, default and help once; `mmray.cli` makes the command line of them, a recipe
-(YAML) sets them by name, and `fingerprint` sums them up.
+Each field names its type, default and help once; `mmray.cli` makes the command line of them, and a recipe
+(YAML) sets them by name.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -25,6 +23,7 @@ AXES = (
     *("modality-dropout", "self-training", "backbone"),
 )
 FUSIONS = ("image", "text", "logits", "concat", "cross-attention")
+TOWERS = ("image", "caption")
 LOSSES = ("bce", "weighted-bce", "focal", "asymmetric")
 
 
@@ -43,7 +42,7 @@ class Columns:
     id: str = option("image_id", "Column of row ids.", flag="--id-column")
     image_prefixes: tuple[str, ...] = option(
         (),
-        "Fetch images that rows name by URI from below here (s3://…, https://…); repeatable.",
+        "Fetch images named by URI from below here (s3://…, https://…); repeatable.",
         flag="--image-prefix",
     )
 
@@ -124,15 +123,20 @@ class TrainConfig:
     rand_augment: float = option(0.0, "Magnitude of RandAugment, 0 to 10; 0 is off.")
     word_dropout: float = option(0.1, "Share of the captions' tokens that are masked.")
     modality_dropout: float = option(0.1, "Share of rows that lose their image; as many, a caption.")
-    word_weight: float = option(
-        0.0, "What a word weighs against a label, where the image tells its caption's; 0 is off."
-    )
+    word_weight: float = option(0.0, "What a caption's word, told by the image, weighs; 0 is off.")
     init: tuple[str, ...] = option((), "Bundle, or recipe of a stage before, that gives towers; repeatable.")
+    freeze: tuple[str, ...] = option(
+        (), f"Tower that stays as --init gives it, {' or '.join(TOWERS)}; repeatable."
+    )
     seed: int = option(0, "Seed of shuffling, augmentation and initial weights.")
 
     def __post_init__(self) -> None:
         """Refuse what cannot train."""
         require_choice("--loss", self.loss, LOSSES)
+        for tower in self.freeze:
+            require_choice("--freeze", tower, TOWERS)
+        if self.word_weight and "image" in self.freeze:
+            raise ConfigError("--word-weight teaches the image tower, which --freeze image keeps as it is")
         require_range("--epochs", self.epochs, 1, 10_000)
         require_range("--batch-size-per-worker", self.batch_size_per_worker, 1, 65_536)
         require_range("--learning-rate", self.learning_rate, 1e-8, 10)
@@ -157,7 +161,7 @@ class SelfTrainConfig:
     rounds: int = option(1, "Students in a row, each the next one's teacher.")
     select: str = option(
         "class-aware",
-        "As many of each label as are expected, or the sure ones.",
+        "As many of each label as expected, or the sure ones.",
         choices=SELECTIONS,
     )
     keep: float = option(0.8, "Share of the expected rows that class-aware takes.")
@@ -280,21 +284,3 @@ def from_json(kind: type[Config], record: Mapping[str, Any], where: str) -> Conf
     return kind(
         **{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
     )
-
-
-def fingerprint(record: Any) -> str:
-    """Sum up a JSON-able record in 16 hexadecimal digits: equal records, equal sums, on any machine."""
-    text = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """List what differs between two JSON-able records, as `key: old -> new`."""
-    found = []
-    for key in sorted({*old, *new}):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append(f"{prefix}{key}: {before!r} -> {after!r}")
-    return found

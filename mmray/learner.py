@@ -63,6 +63,7 @@ class Learner:
         tells = config.word_weight and model.image is not None
         self.with_words = WithWords(model, num_words).to(self.device) if tells else None
         self.module = self.with_words or model
+        self.frozen = [model.get_submodule(tower).requires_grad_(False) for tower in config.freeze]
         self.forward = wrap(self.module)
         self.optimizer = torch.optim.AdamW(param_groups_weight_decay(self.module, config.weight_decay))
         self.ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
@@ -94,6 +95,8 @@ class Learner:
             loss: float32, of the labels alone; on the device, so that nothing waits for it.
         """
         self.module.train()
+        for tower in self.frozen:
+            tower.eval()
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
         with self.autocast():

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmray.config import differences, fingerprint
 from mmray.errors import DataError, OutputError
+from mmray.fingerprints import differences, fingerprint
 from mmray.parquet import DataFile, Unit
 from mmray.storage import Folder
 

@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 
-from mmray.config import SelfTrainConfig, differences, fingerprint
+from mmray.config import SelfTrainConfig
 from mmray.datasets import Rows, count_labels
 from mmray.errors import OutputError
+from mmray.fingerprints import differences, fingerprint
 from mmray.metrics import histogram
 from mmray.parquet import DataFile, read_footer, read_units
 from mmray.schema import Vocabulary, score_matrix

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mmray.config import differences
 from mmray.errors import OutputError
+from mmray.fingerprints import differences
 from mmray.parquet import DataFile
 from mmray.plan import Plan, Shard
 from mmray.schema import Status

@@ -15,9 +15,10 @@ import numpy as np
 
 from mmray.bundle import Bundle, tokenizer_files
 from mmray.captions import load_tokenizer, train_tokenizer
-from mmray.config import ModelConfig, TrainConfig, differences, fingerprint
+from mmray.config import ModelConfig, TrainConfig
 from mmray.datasets import Rows, count_labels, sample_captions
 from mmray.errors import DataError, OutputError
+from mmray.fingerprints import differences, fingerprint
 from mmray.model import MultimodalModel, build_model
 from mmray.schema import Vocabulary
 from mmray.storage import Folder
@@ -60,13 +61,14 @@ def recipe_of(
 ) -> dict[str, Any]:
     """Give all that the trained model depends on; without donors where they are not known yet."""
     init = None if donors is None else {part: bundle.fingerprint for part, bundle in donors.items()}
-    columns = asdict(val.columns) | {"image_prefixes": [*val.columns.image_prefixes]}  # JSON has no tuples
+    # JSON has no tuples.
+    columns = asdict(val.columns) | {"image_prefixes": [*val.columns.image_prefixes]}
     return {
         **{name: fingerprint(part.identity()) for name, part in zip(("data", "pseudo"), parts, strict=False)},
         "val": fingerprint(val.identity()),
         "columns": columns,
         "model": asdict(model),
-        "train": asdict(train) | {"init": init},
+        "train": asdict(train) | {"init": init, "freeze": [*train.freeze]},
     }
 
 

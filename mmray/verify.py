@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 
-from mmray.config import differences
 from mmray.errors import DataError, OutputError
+from mmray.fingerprints import differences
 from mmray.parquet import DataFile, find_files, read_footer, read_units
 from mmray.plan import SCHEMA_VERSION, Plan
 from mmray.schema import KeptScores, Status, Vocabulary, output_schema, passthrough_names, prediction_fields

@@ -60,11 +60,25 @@ def given_parts(config: ModelConfig, theirs: ModelConfig, name: str) -> set[str]
     return found
 
 
+def check_frozen(model: ModelConfig, train: TrainConfig) -> None:
+    """Hold `--freeze` against what `--init` gives, be it a bundle or a recipe whose bundle is still to come.
+
+    Raises:
+        ConfigError: a tower would stay as it was drawn at random.
+    """
+    given = set[str]()
+    for start in train.init if train.freeze else ():
+        theirs = read_stage(start)[0] if is_recipe(start) else Bundle.load(start).model_config
+        given |= given_parts(model, theirs, start)
+    if missing := sorted(set(train.freeze) - given):
+        raise ConfigError(f"--freeze {missing[0]}: no --init gives this tower; name a bundle that has it")
+
+
 def check_stages(model: ModelConfig, train: TrainConfig, seen: tuple[str, ...] = ()) -> None:
     """Read the recipes among `--init`, and those that they name, before the first of them is trained.
 
     Raises:
-        ConfigError: a recipe cannot be read, gives no tower that is wanted, or comes twice.
+        ConfigError: a recipe cannot be read, gives no tower that is wanted, comes twice, or freezes too much.
     """
     recipes = [start for start in train.init if is_recipe(start)]
     for place, path in enumerate(recipes):
@@ -73,6 +87,7 @@ def check_stages(model: ModelConfig, train: TrainConfig, seen: tuple[str, ...] =
             raise ConfigError(f"--init {path}: a stage {stage!r} comes before it already")
         theirs, its = read_stage(path)
         given_parts(model, theirs, path)
+        check_frozen(theirs, its)
         check_stages(theirs, its, (*seen, stage))
 
 

@@ -20,8 +20,9 @@ from mmray.ablate import (
     summarise,
     variants_of,
 )
-from mmray.config import AXES, AblationConfig, Columns, ComputeConfig, ModelConfig, TrainConfig, differences
+from mmray.config import AXES, AblationConfig, Columns, ComputeConfig, ModelConfig, TrainConfig
 from mmray.errors import ConfigError
+from mmray.fingerprints import differences
 
 BASE = Experiment(ModelConfig(pretrained=False), TrainConfig(ema_decay=0.99, modality_dropout=0.2, seed=5))
 EVERYTHING = AblationConfig(axes=AXES, seeds=2)

@@ -16,12 +16,11 @@ from mmray.config import (
     ScoringConfig,
     TrainConfig,
     Workers,
-    differences,
-    fingerprint,
     from_json,
     make,
 )
 from mmray.errors import ConfigError
+from mmray.fingerprints import differences, fingerprint
 
 light = settings(deadline=None, max_examples=100)
 
@@ -73,6 +72,18 @@ def test_a_value_that_cannot_work_is_refused_by_option_and_value(kind, field, va
     message = str(caught.value)
     assert "--" + field.replace("_", "-") in message and str(value) in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"freeze": ("vision",)}, "--freeze 'vision' is none of image, caption"),
+        ({"freeze": ("image",), "word_weight": 0.5}, "--word-weight .* --freeze image"),
+    ],
+)
+def test_towers_that_cannot_be_frozen_are_refused(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        TrainConfig(**changes)
 
 
 @pytest.mark.parametrize(

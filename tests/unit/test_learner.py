@@ -167,6 +167,17 @@ def test_averaged_weights_follow_the_weights_and_never_run_ahead():
     assert not torch.equal(average, learning.model.state_dict()[name])
 
 
+@pytest.mark.parametrize("tower", ["image", "caption"])
+def test_a_frozen_tower_stays_as_it_is_to_the_last_statistic_and_the_rest_learns(tower):
+    learning = learner(replace(TRAIN, freeze=(tower,)))
+    before = state_of(learning.model)
+    for _ in range(3):
+        learning.step(*batch())
+    for model in (learning.model, learning.averaged):
+        changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+        assert {name.partition(".")[0] for name in changed} == {"image", "caption", "head"} - {tower}
+
+
 def test_logits_are_those_of_the_averaged_weights():
     learning = learner(replace(TRAIN, ema_decay=0.9))
     for seed in range(3):

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from mmray.bundle import Bundle
+from mmray.config import TrainConfig
 from mmray.errors import ConfigError
 from mmray.model import build_model
 from mmray.schema import Vocabulary
-from mmray.warm_start import find_donors, take_over, without_other_labels
+from mmray.warm_start import check_frozen, find_donors, take_over, without_other_labels
 
 LABELS = ("circle", "square", "triangle")
 
@@ -89,3 +90,10 @@ def test_nothing_is_fetched_for_parts_that_are_given(bundles):
     config = config_of(bundles["logits"], pretrained=True)
     donors = find_donors(config, [bundles["logits"]])
     assert fresh(config, donors).num_bytes() == Bundle.load(bundles["logits"]).model().num_bytes()
+
+
+def test_only_towers_that_are_given_can_stay_as_they_are(bundles):
+    config = config_of(bundles["logits"])
+    check_frozen(config, TrainConfig(init=(bundles["image"],), freeze=("image",)))
+    with pytest.raises(ConfigError, match="--freeze caption: no --init gives this tower"):
+        check_frozen(config, TrainConfig(init=(bundles["image"],), freeze=("image", "caption")))
