@@ -26,6 +26,9 @@ MAX_CHARTED = 24
 """Labels that have a chart of their own: the most frequent."""
 
 SHOWN_REASONS = 20
+UNITS = {"hours": 3600, "minutes": 60, "seconds": 1}
+NUM_INTERVALS = 60
+"""Of the time that labeling took."""
 
 
 def labeling_report(
@@ -73,6 +76,7 @@ def labeling_report(
             by_label(survey, names, training_of(bundle)),
             *([by_score(survey, surveyor, names)] if surveyor.scored and survey.num_rows else []),
             *([by_reason(survey)] if survey.reasons else []),
+            *by_time(output, plan),
             gallery(
                 shown, survey, scored=surveyor.scored, searched=square_px is not None and source is not None
             ),
@@ -165,6 +169,27 @@ def by_reason(survey: Survey) -> Section:
     rows = [(reason, f"{count:,}") for reason, count in survey.reasons.most_common(SHOWN_REASONS)]
     words = f"Each is listed in _mmray/rejected/. The {SHOWN_REASONS} most frequent reasons; # is any number."
     return Section("Rejected rows", words, [Table(("reason", "rows"), rows)])
+
+
+def by_time(output: Folder, plan: Plan) -> Iterator[Section]:
+    """Show how fast rows were labeled, where files came one after another."""
+    known = output.times()
+    times = np.array([known.get(file.path, np.nan) for file in plan.files])
+    rows = np.array([file.num_rows for file in plan.files])[~np.isnan(times)]
+    times = times[~np.isnan(times)]
+    if len(times) < 2 or (seconds := np.ptp(times)) < 1:
+        return
+    in_place, edges = np.histogram(times, min(NUM_INTERVALS, len(times)), weights=rows)
+    rates = in_place / (edges[1] - edges[0])
+    unit, name = (
+        (3600, "hours") if seconds > 3 * 3600 else (60, "minutes") if seconds > 180 else (1, "seconds")
+    )
+    series = [Series((edges - edges[0]) / unit, rates, kind="steps")]
+    words = (
+        "By when the store says that each file was put in place, whole: its rows count there. A job that was "
+        "run again shows the pause between."
+    )
+    yield Section("Speed", words, charts=[Chart("Rows a second", series, name, "rows/s")])
 
 
 def gallery(shown: Sequence[Card], survey: Survey, *, scored: bool, searched: bool) -> Section:

@@ -107,17 +107,30 @@ class Folder:
         with stores.translated(self.uri):
             if self.is_local:
                 found = dict(disk.walk(self.root))
-            else:  # by prefix: of an empty folder s3fs would ask HEAD
-                bucket, _, prefix = self.root.partition("/")
-                prefix = f"{prefix}/" if prefix else ""
-                infos = self.filesystem.find(bucket, prefix=prefix, detail=True)
-                found = {path: info["size"] for path, info in infos.items()}
+            else:
+                found = {path: info["size"] for path, info in self._find().items()}
         start = len(self.root) + 1
         return {
             path[start:]: size
             for path, size in sorted(found.items())
             if path.startswith(self.root + "/") and path.endswith(suffix)
         }
+
+    def times(self) -> dict[str, float]:
+        """Tell when each file below was put in place, by its store: relative path -> seconds since 1970."""
+        with stores.translated(self.uri):
+            if self.is_local:
+                found = {path: Path(path).lstat().st_mtime for path, _ in disk.walk(self.root)}
+            else:
+                found = {path: stores.time_of(info) for path, info in self._find().items()}
+        return {path.removeprefix(f"{self.root}/"): time for path, time in found.items()}
+
+    def _find(self) -> dict[str, dict[str, Any]]:
+        """List a store's files by prefix: of an empty folder s3fs would ask HEAD."""
+        bucket, _, prefix = self.root.partition("/")
+        prefix = f"{prefix}/" if prefix else ""
+        infos: dict[str, dict[str, Any]] = self.filesystem.find(bucket, prefix=prefix, detail=True)
+        return infos
 
     def read(self, path: str) -> bytes:
         """Read a file: one request.

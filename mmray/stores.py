@@ -21,6 +21,7 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,12 @@ def ask_size(filesystem: FileSystem, target: str) -> int | None:
     if "IsTruncated" not in answer:
         raise OSError("the answer is no listing")  # but somebody's web page
     return next((int(found["Size"]) for found in answer.get("Contents", ()) if found["Key"] == key), None)
+
+
+def time_of(info: dict[str, Any]) -> float:
+    """Give the time, in seconds since 1970, that a store's list tells of a file."""
+    time: datetime = info.get("LastModified") or info["mtime"]  # s3fs, and gcsfs
+    return time.timestamp()
 
 
 def remove(filesystem: FileSystem, target: str) -> None:

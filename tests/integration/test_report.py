@@ -1,6 +1,7 @@
 """Reports: of a labeled output with rows spoilt in every way, as Python sees it and as a browser does."""
 
 import json
+import os
 import runpy
 import shutil
 import warnings
@@ -18,8 +19,9 @@ from sklearn.metrics import f1_score, precision_recall_curve
 from mmray.bundle import Bundle
 from mmray.errors import ConfigError, DataError, OutputError
 from mmray.gallery import DISAGREEING
-from mmray.labeling_report import labeling_report
+from mmray.labeling_report import by_time, labeling_report
 from mmray.picking import CERTAIN, FALLBACK, RANDOM, REJECTION, SHOWN, UNCERTAIN
+from mmray.plan import Plan
 from mmray.report import write_report
 from mmray.storage import Folder
 from mmray.training_report import f1_by_threshold, precision_and_recall
@@ -99,6 +101,28 @@ def test_every_rejected_row_is_shown_with_its_reason(page, labeled, archive):
     assert shown == {f"{path}, row {row}" for path, row in rejected}
     reasons = section(page, "Rejected rows").tables[0].rows
     assert sum(int(row[1]) for row in reasons) == len(rejected)
+
+
+def test_the_speed_is_that_of_rows_by_the_time_of_their_files(labeled, tmp_path):
+    """Of files that came 100 s apart: all rows are in the chart, each where its file came."""
+    shutil.copytree(labeled, tmp_path / "labeled")
+    plan = Plan.load(Folder(str(tmp_path / "labeled")))
+    for number, file in enumerate(plan.files):
+        os.utime(tmp_path / "labeled" / file.path, (0, 1e9 + 100 * number))
+    (section,) = by_time(Folder(str(tmp_path / "labeled")), plan)
+    (chart,) = section.charts
+    (series,) = chart.series
+    assert chart.x_label == "minutes"
+    assert series.x[0] == 0 and series.x[-1] == pytest.approx(100 * (len(plan.files) - 1) / 60)
+    assert series.y * np.diff(series.x) * 60 == pytest.approx([file.num_rows for file in plan.files])
+
+
+def test_the_speed_of_a_single_moment_is_not_shown(labeled, tmp_path):
+    shutil.copytree(labeled, tmp_path / "labeled")
+    plan = Plan.load(Folder(str(tmp_path / "labeled")))
+    for file in plan.files:
+        os.utime(tmp_path / "labeled" / file.path, (0, 1e9))
+    assert list(by_time(Folder(str(tmp_path / "labeled")), plan)) == []
 
 
 def test_without_the_input_there_are_no_images(labeled):

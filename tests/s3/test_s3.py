@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import time
 
 import fsspec
 import numpy as np
@@ -33,6 +34,7 @@ def test_a_folder_lists_reads_publishes_and_removes(bucket, tmp_path):
     folder.publish("a.json", b'{"x": 2}')
     assert folder.list() == {"a.json": 8, "b/c [1].bin": 300_000}
     assert folder.list(".json") == {"a.json": 8}
+    assert all(abs(time.time() - put) < 60 for put in folder.times().values())
     assert folder.read_json("a.json") == {"x": 2}
     assert folder.tail("b/c [1].bin", 300_000, 10) == local.read_bytes()[-10:]
     with folder.open("b/c [1].bin") as file:

@@ -3,6 +3,7 @@
 import os
 import pickle
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,6 +52,14 @@ def test_a_listing_shows_what_came_since_the_last(folder):
     Folder(folder.uri).publish("b", b"22")
     folder.remove(["a"])
     assert folder.list() == {"b": 2}
+
+
+def test_times_tell_when_files_were_put_in_place(folder):
+    assert folder.times() == {}
+    before = time.time()
+    folder.publish("a/b", b"1")
+    assert folder.times().keys() == {"a/b"}
+    assert before - 1 < folder.times()["a/b"] < time.time() + 1
 
 
 def test_links_to_files_are_listed_and_links_to_folders_are_not_followed(folder):
