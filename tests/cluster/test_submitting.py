@@ -12,6 +12,7 @@ from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 
+import fsspec
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -32,15 +33,21 @@ class Cluster:
     """A head and a worker node, each `ray start`, and what speaks to its job server."""
 
     def __init__(self, folder):
-        """Start the head."""
-        port = free_port()
+        """Start the head, which alone has the keys of a store in its environment, and the store."""
+        port, store = free_port(), free_port()
         self.folder, self.server = folder, f"http://127.0.0.1:{port}"
         self.token = uuid.uuid4().hex
         path = (
             f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # a job's `python` is this one
         )
-        self.environment = os.environ | {"PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
-        self.nodes = [Node(folder, num_cpus=0, dashboard_port=port, environment=self.environment)]
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+        self.environment |= {"PATH": path, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
+        self.keys = {"AWS_ACCESS_KEY_ID": uuid.uuid4().hex, "AWS_SECRET_ACCESS_KEY": uuid.uuid4().hex}
+        self.keys |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{store}", "AWS_REGION": "us-east-1"}
+        self.nodes = [Node(folder, num_cpus=0, dashboard_port=port, environment=self.environment | self.keys)]
+        with open(folder / "store.log", "w") as log:
+            command = [sys.executable, "-m", "moto.server", "--port", str(store)]
+            self.store = subprocess.Popen(command, stdout=log, stderr=log)
 
     def start(self):
         """Wait until both are up."""
@@ -121,6 +128,7 @@ def started(tmp_path_factory):
             cluster.start()
             yield cluster
         finally:
+            cluster.store.kill()
             for node in cluster.nodes:
                 node.kill()
 
@@ -175,6 +183,26 @@ def train(draw_rows, tmp_path):
     options = ("--data", tmp_path / "train", "--val", tmp_path / "val", "--output", tmp_path / "bundle")
     towers = ("--vision", "test_efficientnet", "--image-size", "32", "--width", "32", "--no-pretrained")
     return ("python", "jobs/train.py", *options, *towers)
+
+
+def test_keys_that_the_head_has_reach_the_workers_and_no_log(two_nodes, archive, bundle_uri):
+    keys = two_nodes.keys
+    store = fsspec.filesystem(
+        "s3",
+        key=keys["AWS_ACCESS_KEY_ID"],
+        secret=keys["AWS_SECRET_ACCESS_KEY"],
+        endpoint_url=keys["AWS_ENDPOINT_URL"],
+        use_listings_cache=False,
+    )
+    store.mkdir("bucket")
+    places = ("--input", archive.folder, "--model", bundle_uri, "--output", "s3://bucket/labeled")
+    command = ("python", "jobs/label.py", *places, "--max-failed-fraction", "0.05")
+    ended = two_nodes.submit(*command, name="store")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert store.exists("bucket/labeled/_SUCCESS")
+    logs = [path for path in two_nodes.folder.rglob("*") if path.is_file()]
+    told = [path for path in logs if keys["AWS_SECRET_ACCESS_KEY"].encode() in path.read_bytes()]
+    assert told == []
 
 
 def test_training_leaves_a_bundle(two_nodes, train, tmp_path):
