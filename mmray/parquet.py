@@ -248,7 +248,7 @@ def read_units(
     if sha256 != file.footer_sha256:
         raise DataError(f"{folder}/{file.path} has changed since it was planned; label it as a new dataset")
     ends = np.cumsum([metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)])
-    with RowGroups(folder, file.path, metadata, columns, salvage) as row_groups:
+    with RowGroups(folder, file.path, file.size_bytes, metadata, columns, salvage) as row_groups:
         for unit in units:
             moment("before read", f"{file.path} {unit[0]}-{unit[-1]}")
             inside = [index for index in range(len(ends)) if _overlaps(unit, ends, index)]

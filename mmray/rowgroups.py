@@ -24,12 +24,14 @@ class RowGroups:
         self,
         folder: Folder,
         path: str,
+        size: int,
         metadata: pq.FileMetaData,
         columns: Sequence[str] | None,
         salvage: bool,
     ) -> None:
         """Open the file; see `read_units`."""
-        self.folder, self.path, self.metadata, self.salvage = folder, path, metadata, salvage
+        self.folder, self.path, self.size = folder, path, size
+        self.metadata, self.salvage = metadata, salvage
         self.source, self.parquet = self._open()
         whole = self.parquet.schema_arrow
         refuse_pickles(whole, f"{folder}/{path}")
@@ -100,7 +102,7 @@ class RowGroups:
         return pa.RecordBatch.from_arrays([*columns, *reasons], schema=self.schema)
 
     def _open(self) -> tuple[BinaryIO, pq.ParquetFile]:
-        source = self.folder.open(self.path)
+        source = self.folder.open(self.path, self.size)
         # Without pre_buffer a large row group is read as it is decoded, not held as a whole.
         return source, pq.ParquetFile(
             source, metadata=self.metadata, pre_buffer=False, buffer_size=READ_BUFFER_BYTES

@@ -176,17 +176,17 @@ class Folder:
         """Read the last bytes of a file of known size: one request."""
         return self.read_range(path, max(0, size - num_bytes), size)
 
-    def open(self, path: str) -> BinaryIO:
-        """Open a file for reading at random places.
+    def open(self, path: str, size: int | None = None) -> BinaryIO:
+        """Open a file for reading at random places; a store is asked for its size unless it is given.
 
         Raises:
-            FileNotFoundError: it does not exist.
+            FileNotFoundError: it does not exist; where its size is given, only when it is read.
         """
         target = self.path(path)
         if self.is_local:
             with stores.translated(f"{self.uri}/{path}"):
                 return open(target, "rb")
-        size = self._size(path)
+        size = self._size(path) if size is None else size
         if size is None:
             raise FileNotFoundError(f"{self.uri}/{path}: no such file")
         return cast(BinaryIO, RemoteFile(functools.partial(self.read_range, path), size))

@@ -478,7 +478,7 @@ def test_a_large_row_group_that_ends_in_damage_gives_all_its_rows(folder):
 
 def test_storage_that_fails_is_not_taken_for_damage(folder):
     class Failing(Folder):
-        def open(self, path):
+        def open(self, path, size=None):
             class File(io.BytesIO):
                 def read(self, *size):
                     raise ConnectionResetError(104, "Connection reset by peer")
@@ -495,7 +495,7 @@ def test_a_file_that_is_damaged_only_in_passing_is_read_whole(folder):
     class Passing(Folder):
         """A folder whose first opening reads zeros."""
 
-        def open(self, path):
+        def open(self, path, size=None):
             content = super().open(path).read()
             first = not getattr(self, "opened", False)
             object.__setattr__(self, "opened", True)
