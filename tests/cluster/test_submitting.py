@@ -28,6 +28,8 @@ MAX_UPLOAD_BYTES = 2 << 20
 NUM_FILES = 8
 MANY_EPOCHS = 10_000
 
+pytestmark = pytest.mark.usefixtures("cluster")  # of this process, for `verify_dataset`
+
 
 class Cluster:
     """A head and a worker node, each `ray start`, and what speaks to its job server."""
@@ -277,21 +279,26 @@ def test_training_goes_on_with_the_workers_that_there_are(two_nodes, train, tmp_
     assert started.returncode == 0, started.stdout + started.stderr
 
     def history():
-        """Give each epoch that was learned, and the number of its workers, by the last whole checkpoint."""
+        """Give each epoch that was learned, and the number of its workers, as far as Ray Train knows them."""
         assert two_nodes.info("elastic")["status"] in ("PENDING", "RUNNING"), two_nodes.logs("elastic")
-        found = [[]]
-        for path in (tmp_path / "bundle" / "_train" / "run").glob("checkpoint_*/progress.json"):
-            with suppress(OSError, ValueError):  # it is being written, or removed
-                found.append(json.loads(path.read_text())["history"])
+        run, found = tmp_path / "bundle" / "_train" / "run", [[]]
+        with suppress(OSError, ValueError):  # it is being written, or removed
+            known = json.loads((run / "checkpoint_manager_snapshot.json").read_text())["checkpoint_results"]
+            for checkpoint in known:
+                progress = run / checkpoint["checkpoint_dir_name"] / "progress.json"
+                found.append(json.loads(progress.read_text())["history"])
         return [(epoch["epoch"], epoch["workers"]) for epoch in max(found, key=len)]
 
-    def groups():
-        return [workers for workers, _ in groupby(workers for _, workers in history())]
+    def wait_for(*expected):
+        def groups():
+            return tuple(workers for workers, _ in groupby(workers for _, workers in history()))
 
-    poll(lambda: groups() == [2] and len(history()) > 1, history)  # the last one may not be known yet
+        poll(lambda: groups() == expected, history, 2 * DEADLINE_S)
+
+    wait_for(2)
     assert second.kill()
-    poll(lambda: groups() == [2, 1], history)
+    wait_for(2, 1)
     two_nodes.add_node()
-    poll(lambda: groups() == [2, 1, 2], history)
+    wait_for(2, 1, 2)
     assert [epoch for epoch, _ in history()] == list(range(1, len(history()) + 1))
     assert two_nodes.job("stop", "elastic").returncode == 0

@@ -36,11 +36,11 @@ hits: Counter[str] = Counter()
 """Kills that found their victim alive, by victim; the session's summary prints them."""
 
 
-def poll(condition, what):
+def poll(condition, what, deadline_s=DEADLINE_S):
     """Wait until a condition gives something true, and give it."""
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + deadline_s
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited {DEADLINE_S} s in vain for {what()}"
+        assert time.monotonic() < deadline, f"waited {deadline_s} s in vain for {what()}"
         time.sleep(0.01)
     return value
 
