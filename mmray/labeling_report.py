@@ -172,22 +172,24 @@ def by_reason(survey: Survey) -> Section:
 
 
 def by_time(output: Folder, plan: Plan) -> Iterator[Section]:
-    """Show how fast rows were labeled, where files came one after another."""
+    """Show how fast rows were labeled, where files came one after another and a store tells when."""
     known = output.times()
-    times = np.array([known.get(file.path, np.nan) for file in plan.files])
-    rows = np.array([file.num_rows for file in plan.files])[~np.isnan(times)]
-    times = times[~np.isnan(times)]
-    if len(times) < 2 or (seconds := np.ptp(times)) < 1:
+    files = sorted((known[file.path], file.num_rows) for file in plan.files if file.path in known)
+    times, rows = np.array(files, float).reshape(-1, 2).T
+    taken_over = plan.settings.get("retry_of") or plan.settings.get("decided_from")
+    if taken_over or len(times) < 2 or (seconds := float(np.ptp(times))) < 1:
         return
-    in_place, edges = np.histogram(times, min(NUM_INTERVALS, len(times)), weights=rows)
+    # What the first file holds was labeled before the time that is shown; backwards, since the rows of a file
+    # belong to the interval that it ends.
+    num_bins, ends = min(NUM_INTERVALS, len(times) - 1), (-float(times[-1]), -float(times[0]))
+    in_place, edges = np.histogram(-times[1:], num_bins, ends, weights=rows[1:])
+    in_place, edges = in_place[::-1], -edges[::-1]
+    name, unit = next((name, unit) for name, unit in UNITS.items() if seconds > 3 * unit or unit == 1)
     rates = in_place / (edges[1] - edges[0])
-    unit, name = (
-        (3600, "hours") if seconds > 3 * 3600 else (60, "minutes") if seconds > 180 else (1, "seconds")
-    )
     series = [Series((edges - edges[0]) / unit, rates, kind="steps")]
     words = (
         "By when the store says that each file was put in place, whole: its rows count there. A job that was "
-        "run again shows the pause between."
+        "run again shows the pause between; an output that was copied, the copy."
     )
     yield Section("Speed", words, charts=[Chart("Rows a second", series, name, "rows/s")])
 

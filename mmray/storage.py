@@ -117,12 +117,13 @@ class Folder:
         }
 
     def times(self) -> dict[str, float]:
-        """Tell when each file below was put in place, by its store: relative path -> seconds since 1970."""
+        """Tell when files below were put in place, as far as a store does: relative path -> s since 1970."""
         with stores.translated(self.uri):
             if self.is_local:
                 found = {path: Path(path).lstat().st_mtime for path, _ in disk.walk(self.root)}
             else:
-                found = {path: stores.time_of(info) for path, info in self._find().items()}
+                told = {path: stores.time_of(info) for path, info in self._find().items()}
+                found = {path: time for path, time in told.items() if time is not None}
         return {path.removeprefix(f"{self.root}/"): time for path, time in found.items()}
 
     def _find(self) -> dict[str, dict[str, Any]]:

@@ -173,10 +173,10 @@ def ask_size(filesystem: FileSystem, target: str) -> int | None:
     return next((int(found["Size"]) for found in answer.get("Contents", ()) if found["Key"] == key), None)
 
 
-def time_of(info: dict[str, Any]) -> float:
-    """Give the time, in seconds since 1970, that a store's list tells of a file."""
-    time: datetime = info.get("LastModified") or info["mtime"]  # s3fs, and gcsfs
-    return time.timestamp()
+def time_of(info: dict[str, Any]) -> float | None:
+    """Give the time, in seconds since 1970, that a store's list tells of a file; None where it tells none."""
+    time: datetime | None = info.get("LastModified") or info.get("mtime")  # s3fs, and gcsfs
+    return time.timestamp() if time else None
 
 
 def remove(filesystem: FileSystem, target: str) -> None:

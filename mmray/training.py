@@ -42,6 +42,9 @@ from mmray.worker import TrainJob, train_worker
 GROWTH_CHECK_S = 30
 """Between two looks for workers of a group that may grow. Growing costs the epoch that is under way."""
 
+MANY_FAILURES = 20
+"""Losses of workers that a group outlives whose nodes come and go; others outlive two."""
+
 log = logging.getLogger(__name__)
 
 
@@ -183,9 +186,9 @@ class TrainWorkers:
         scaling = Workers.parse(compute.num_workers or (there.gpus if use_gpu else 1))
         # Decoding needs CPUs beside the workers, or both would wait for one another. Workers of a group that
         # grows ask for more than half of a node, so that they come with new nodes, not beside the first ones.
-        if scaling.minimum < scaling.maximum and not use_gpu:
-            share = there.share(scaling)
-            return cls(scaling, use_gpu, 0.6 * share, min(1.0, 0.2 * share))
+        sizes = [node.cpus for node in there.nodes.values() if node.cpus]
+        if scaling.minimum < scaling.maximum and scaling.minimum <= len(sizes) and not use_gpu:
+            return cls(scaling, use_gpu, 0.6 * min(sizes), min(1.0, 0.2 * min(sizes)))
         return cls(scaling, use_gpu, min(1.0, (there.cpus - 1) / scaling.maximum), 1)
 
 
@@ -221,7 +224,7 @@ def fit(
             name="run",
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=2),
+            failure_config=ray.train.FailureConfig(2 if low == high else MANY_FAILURES),
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=1, checkpoint_score_attribute="sample_f1"
             ),
