@@ -36,7 +36,7 @@ from mmray.resources import Resources
 from mmray.start import RECIPE, RUN, Start, is_finished, prepare_start, recipe_of
 from mmray.storage import Folder
 from mmray.validation import VALIDATION, Validation
-from mmray.warm_start import check_frozen, check_stages, find_donors
+from mmray.warm_start import check_stages, find_donors
 from mmray.worker import TrainJob, train_worker
 
 GROWTH_CHECK_S = 30
@@ -99,9 +99,8 @@ def train_model(
     workers = TrainWorkers.on_cluster(compute)
     if rows.num_rows < workers.scaling.maximum:
         raise DataError(f"{data_uri}: {rows.num_rows} rows for {workers.scaling.maximum} workers; use fewer")
-    check_frozen(model, train)
+    check_stages(model, train)
     if any(map(is_recipe, train.init)):  # whose bundles are still to come: all else is held beforehand
-        check_stages(model, train)
         is_finished(output, recipe_of(parts, val, model, train, None))
         train = train_stages(data_uri, val_uri, output_uri, train, columns, compute, progress=progress)
     donors = find_donors(model, train.init)

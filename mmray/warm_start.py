@@ -71,7 +71,7 @@ def check_frozen(model: ModelConfig, train: TrainConfig) -> None:
         theirs = read_stage(start)[0] if is_recipe(start) else Bundle.load(start).model_config
         given |= given_parts(model, theirs, start)
     if missing := sorted(set(train.freeze) - given):
-        raise ConfigError(f"--freeze {missing[0]}: no --init gives this tower; name a bundle that has it")
+        raise ConfigError(f"--freeze {missing[0]}: no --init gives this tower, or --fusion has none")
 
 
 def check_stages(model: ModelConfig, train: TrainConfig, seen: tuple[str, ...] = ()) -> None:
@@ -80,6 +80,7 @@ def check_stages(model: ModelConfig, train: TrainConfig, seen: tuple[str, ...] =
     Raises:
         ConfigError: a recipe cannot be read, gives no tower that is wanted, comes twice, or freezes too much.
     """
+    check_frozen(model, train)
     recipes = [start for start in train.init if is_recipe(start)]
     for place, path in enumerate(recipes):
         earlier = [*seen, *(Path(other).stem for other in recipes[:place])]
@@ -87,7 +88,6 @@ def check_stages(model: ModelConfig, train: TrainConfig, seen: tuple[str, ...] =
             raise ConfigError(f"--init {path}: a stage {stage!r} comes before it already")
         theirs, its = read_stage(path)
         given_parts(model, theirs, path)
-        check_frozen(theirs, its)
         check_stages(theirs, its, (*seen, stage))
 
 
