@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,7 +46,10 @@ class Labeled(NamedTuple):
 
 
 class Labeler:
-    """Labels batches. Decoding runs in threads beside the model, one batch ahead of it."""
+    """Labels batches. Decoding runs in threads beside the model, one batch ahead of it.
+
+    Several threads may call it: they take turns at the model, and share the threads that decode.
+    """
 
     def __init__(
         self,
@@ -86,6 +90,7 @@ class Labeler:
         self.timeout_s = None if decode else DECODE_TIMEOUT_S
         self.model_seconds = 0.0
         """That the model has computed so far; the rest of the time it waited for rows."""
+        self._tokenizing, self._computing = threading.Lock(), threading.Lock()
         self.threads = ThreadPoolExecutor(num_threads or torch.get_num_threads(), "decode")
 
     @classmethod
@@ -135,10 +140,18 @@ class Labeler:
         return self.decode(image, caption, config.fusion, config.image_size)
 
     def _results(self, rows: list[Future[Row]]) -> list[Row]:
-        try:
-            return [row.result(self.timeout_s) for row in rows]
-        except TimeoutError:
-            raise HungError(f"a row was not decoded within {self.timeout_s:.0f} s") from None
+        return [self._result(row) for row in rows]
+
+    def _result(self, row: Future[Row]) -> Row:
+        while True:
+            decoding = (
+                row.running()
+            )  # a row that only waits for a thread, behind another caller's, hangs nothing
+            try:
+                return row.result(self.timeout_s)
+            except TimeoutError:
+                if decoding:
+                    raise HungError(f"a row was not decoded within {self.timeout_s:.0f} s") from None
 
     def _label(self, rows: list[Row]) -> Labeled:
         valid = np.array([row.status is not Status.FAILED for row in rows])
@@ -152,21 +165,24 @@ class Labeler:
     @torch.inference_mode()
     def _score(self, rows: list[Row]) -> np.ndarray:
         config = self.bundle.model_config
+        with self._tokenizing:  # a fast tokenizer refuses a call that meets another one's first
+            tokens = tokenize(self.tokenizer, [row.caption for row in rows], config.max_tokens)
         inputs = make_inputs(
             [row.pixels for row in rows],
-            *tokenize(self.tokenizer, [row.caption for row in rows], config.max_tokens),
+            *tokens,
             has_caption=[row.caption is not None for row in rows],
             size_px=config.image_size,
         )
-        started = time.monotonic()
-        inputs = inputs.to(self.device)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.model(inputs)
-            if self.flip:
-                logits = (logits + self.model(inputs._replace(pixels=inputs.pixels.flip(2)))) / 2
-        scores = self.bundle.calibration.scores(logits.float().cpu().numpy())
-        self.model_seconds += time.monotonic() - started
-        return scores
+        with self._computing:
+            started = time.monotonic()
+            inputs = inputs.to(self.device)
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                logits = self.model(inputs)
+                if self.flip:
+                    logits = (logits + self.model(inputs._replace(pixels=inputs.pixels.flip(2)))) / 2
+            computed = logits.float().cpu().numpy()
+            self.model_seconds += time.monotonic() - started
+        return self.bundle.calibration.scores(computed)
 
 
 def make_inputs(

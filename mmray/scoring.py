@@ -40,6 +40,9 @@ BLOCK_BYTES = 8 << 20
 ATTEMPTS = 3
 """How often a parcel is tried again when its worker dies."""
 
+CALLS = 2
+"""Blocks that an actor works on at a time: while one's last rows are scored, the next one's are decoded."""
+
 TOLERATED_BLOCKS = 100
 """Blocks that may be lost, with all their workers, for a second pass to take up, before a run is given up."""
 
@@ -73,7 +76,12 @@ def score_shards(folder: Folder, work: Work, scorer: Scorer) -> ray.data.Dataset
         fn_constructor_args=(scorer,),
         batch_size=1,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=pool.minimum, max_size=pool.maximum),
+        compute=ActorPoolStrategy(
+            min_size=pool.minimum,
+            max_size=pool.maximum,
+            max_concurrent_calls_per_actor=CALLS,
+            enable_true_multi_threading=True,
+        ),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,
         max_restarts=-1,

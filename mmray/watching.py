@@ -4,12 +4,16 @@ mmray_rows           rows scored, by status
 mmray_model_seconds  in which the model computed
 mmray_wait_seconds   in which the actor had no shard to score
 mmray_model_share    of the time since the actor started: the model's, on a GPU how busy it is
+
+The line's `seconds` are those of its shard. An actor works on several at a time: `model_s` and `waited_s` are
+the actor's, since the line before.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -40,27 +44,39 @@ class Watch:
         self.wait = metrics.Counter("mmray_wait_seconds", "Seconds without a shard to score.")
         self.share = metrics.Gauge("mmray_model_share", "Share of the time in which the model computes.")
         self._started = self._idle_since = time.monotonic()
+        self._lock, self._at_work = threading.Lock(), 0
+        self._waited, self._computed = 0.0, 0.0  # not told of yet; told of so far
         if not log.handlers:  # a worker's stderr is its log
             log.addHandler(logging.StreamHandler())
             log.setLevel(logging.INFO)
             log.propagate = False
 
     def __call__(self, shard: Shard, rows: pa.Table) -> pa.Table:
-        """Label the rows of a shard that want it."""
-        began, computed = time.monotonic(), self.labeler.model_seconds
-        waited = began - self._idle_since
+        """Label the rows of a shard that want it. Several threads may call."""
+        began = time.monotonic()
+        with self._lock:
+            if not self._at_work:
+                self._waited += began - self._idle_since
+            self._at_work += 1
         try:
             labeled = self.label(rows)
         finally:
-            self._idle_since = now = time.monotonic()
-        computed = self.labeler.model_seconds - computed
-        counts = Counter(labeled["status"].to_pylist())
+            with self._lock:
+                self._at_work -= 1
+                self._idle_since = time.monotonic()
+        self._tell(shard, Counter(labeled["status"].to_pylist()), time.monotonic() - began)
+        return labeled
+
+    def _tell(self, shard: Shard, counts: Counter[str], seconds: float) -> None:
+        with self._lock:
+            total = self.labeler.model_seconds
+            computed, self._computed = total - self._computed, total
+            waited, self._waited = self._waited, 0.0
         for status, count in counts.items():
             self.rows.inc(count, {"status": status})
         self.model.inc(max(computed, TINY))
         self.wait.inc(max(waited, TINY))
-        self.share.set(self.labeler.model_seconds / (now - self._started))
-        seconds = {"seconds": now - began, "model_s": computed, "waited_s": waited}
-        rounded = {name: round(value, 3) for name, value in seconds.items()}
+        self.share.set(total / (time.monotonic() - self._started))
+        told = {"seconds": seconds, "model_s": computed, "waited_s": waited}
+        rounded = {name: round(value, 3) for name, value in told.items()}
         log.info(json.dumps({"shard": [*shard], "rows": counts.total(), **counts, **rounded}))
-        return labeled

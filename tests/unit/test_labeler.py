@@ -1,7 +1,10 @@
 """Labels of encoded images and captions: statuses, errors, neighbours, decisions."""
 
 import io
+import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +21,7 @@ from mmray.config import FUSIONS, Columns, ModelConfig
 from mmray.decisions import Calibration, decide
 from mmray.errors import BundleError, ConfigError
 from mmray.images import decode_image
-from mmray.labeler import Labeler, decode_row, make_inputs
+from mmray.labeler import HungError, Labeler, decode_row, make_inputs
 from mmray.model import build_model
 from mmray.rowgroups import DAMAGE
 from mmray.schema import KeptScores, Status, Vocabulary
@@ -154,6 +157,39 @@ def test_a_bad_row_does_not_disturb_its_neighbours(labelers, fusion):
     mixed = labelers[fusion]([IMAGES[0], TEXT, None, IMAGES[1]], [CAPTIONS[0], None, "", CAPTIONS[1]])
     assert np.allclose(mixed.scores[[0, 3]], good.scores, atol=1e-5)
     assert [mixed.statuses[0], mixed.statuses[3]] == good.statuses == [OK, OK]
+
+
+@pytest.mark.parametrize("fusion", ["image", "cross-attention"])
+def test_several_threads_may_call_it(labelers, fusion):
+    labeler = labelers[fusion]
+    images, captions = IMAGES * 5, [*CAPTIONS, None] * 4
+    alone = labeler(images, captions)
+    with ThreadPoolExecutor(8) as callers:
+        calls = [callers.submit(labeler, images, captions) for _ in range(40)]
+    for call in calls:
+        assert np.allclose(call.result().scores, alone.scores, atol=1e-6)
+        assert call.result().statuses == alone.statuses
+
+
+def test_a_row_hangs_when_it_is_decoded_for_too_long_not_when_it_waits_for_a_thread(labelers):
+    labeler, released = like(labelers["image"], batch_size=8), threading.Event()
+    labeler.timeout_s = 1.0
+
+    def slowly(data, *given):
+        if data == TEXT:
+            released.wait(60)
+        time.sleep(0.2)
+        return decode_row(data, *given)
+
+    labeler.decode = slowly
+    with ThreadPoolExecutor(2) as callers:  # of 16 rows the last ones wait for more than two seconds
+        calls = [callers.submit(labeler, IMAGES * 2, CAPTIONS * 2) for _ in range(2)]
+    assert all(call.result().statuses == [OK] * 8 for call in calls)
+    try:
+        with pytest.raises(HungError, match="within 1 s"):
+            labeler([IMAGES[0], TEXT], CAPTIONS[:2])
+    finally:
+        released.set()
 
 
 @st.composite
