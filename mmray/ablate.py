@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import ray
 
+from mmray.bundle import Bundle
 from mmray.config import (
     FUSIONS,
     LOSSES,
@@ -37,9 +38,12 @@ from mmray.recipes import is_recipe
 from mmray.self_train import self_train
 from mmray.storage import Folder
 from mmray.training import train_model
+from mmray.warm_start import check_stages
 
 DATA = "data.json"
 METRICS = ("sample_f1", "map", "macro_f1", "ece")
+STRANGERS = {"image": "text", "text": "image"}
+"""Fusions of one tower alone, and whose towers are of no use to them."""
 TITLES = {"sample_f1": "sample F1", "map": "mAP", "macro_f1": "macro F1", "ece": "ECE"}
 
 
@@ -120,6 +124,17 @@ def variants_of(base: Experiment, config: AblationConfig) -> Iterator[Variant]:
                 yield Variant(axis, value, base, reading)
 
 
+def suited(variant: Variant) -> Variant:
+    """Leave out of a variant's start what its fusion has no tower for."""
+    train, fusion = variant.experiment.train, variant.experiment.model.fusion
+    if fusion not in STRANGERS:
+        return variant
+    init = tuple(uri for uri in train.init if Bundle.load(uri).model_config.fusion != STRANGERS[fusion])
+    freeze = tuple(tower for tower in train.freeze if fusion == ("text" if tower == "caption" else tower))
+    experiment = replace(variant.experiment, train=replace(train, init=init, freeze=freeze))
+    return variant._replace(experiment=experiment)
+
+
 def run(experiment: Experiment, places: Places, folder: Folder) -> dict[str, Any]:
     """Train an experiment, unless that is done, and measure it.
 
@@ -162,7 +177,7 @@ def ablate(
         The rows of `ablation.csv`: axis, value, seeds, and of each metric mean and standard deviation.
 
     Raises:
-        ConfigError: the axis of self-training lacks rows without labels.
+        ConfigError: the axis of self-training lacks rows without labels, or a variant cannot start so.
         OutputError: the output's runs saw other rows.
     """
     if "self-training" in config.axes and places.unlabeled_uri is None:
@@ -173,7 +188,9 @@ def ablate(
         )
     places, donors = places.absolute(), tuple(Folder(uri).uri for uri in base.train.init)
     base = replace(base, train=replace(base.train, init=donors))
-    output, variants = Folder(output_uri), list(variants_of(base, config))
+    output, variants = Folder(output_uri), [suited(variant) for variant in variants_of(base, config)]
+    for variant in variants:
+        check_stages(variant.experiment.model, variant.experiment.train)
     require_same_data(output, places)
     experiments = {
         seeded.name(): seeded

@@ -14,6 +14,7 @@ import json
 import logging
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,6 +22,7 @@ import ray
 import ray.data
 import ray.train
 import safetensors.torch
+from ray.data import DataContext
 from ray.train.torch import TorchTrainer
 
 from mmray.bundle import Bundle, save_bundle
@@ -195,23 +197,19 @@ def fit(
     job: TrainJob, parts: list[Rows], val: Rows, output: Folder, workers: TrainWorkers
 ) -> tuple[ray.train.Checkpoint, ray.train.Checkpoint]:
     """Run Ray Train until the recipe is done; gives the best epoch's checkpoint, and the last one's."""
-    config, vocabulary = job.train, job.start.vocabulary
-    seed = (config.seed, num_epochs_done(output))
-    augmentation = Augmentation(config.crop, config.colour, config.rand_augment)
     filesystem, path = (output / RUN).arrow()
     low, high = workers.scaling.minimum, workers.scaling.maximum
-    tasks = {"batch_size": 128, "batch_format": "pyarrow", "num_cpus": workers.task_cpus}
+    stream, context = partial(decoded_rows, job=job, num_cpus=workers.task_cpus), DataContext.get_current()
+
+    def training_rows() -> ray.data.Dataset:
+        # Ray Train calls this, in a process of its own, whenever workers start: more epochs may be done then.
+        with DataContext.current(context):
+            return stream(parts, epochs_done=num_epochs_done(output))
+
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
-        datasets={
-            "train": examples(parts, vocabulary, seed, num_cpus=workers.task_cpus).map_batches(
-                decode_rows, fn_args=(job.model, augmentation), **tasks
-            ),
-            "val": examples([val], vocabulary, num_cpus=workers.task_cpus).map_batches(
-                decode_rows, fn_args=(job.model,), **tasks
-            ),
-        },
+        datasets={"train": training_rows, "val": stream([val])},
         dataset_config=ExactValidation(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=low if low == high else (low, high),
@@ -233,8 +231,32 @@ def fit(
     return result.get_best_checkpoint("sample_f1", "max"), result.checkpoint
 
 
+def decoded_rows(
+    parts: list[Rows], job: TrainJob, num_cpus: float, epochs_done: int | None = None
+) -> ray.data.Dataset:
+    """Stream decoded rows, as `decode_rows` gives them.
+
+    Args:
+        parts: rows that are shuffled together.
+        job: whose labels and sizes they get.
+        num_cpus: that each task asks for.
+        epochs_done: by now, which decides on order and augmentation; None gives neither.
+    """
+    config, seed, augmentation = job.train, None, None
+    if epochs_done is not None:
+        seed = (config.seed, epochs_done)
+        augmentation = Augmentation(config.crop, config.colour, config.rand_augment)
+    return examples(parts, job.start.vocabulary, seed, num_cpus=num_cpus).map_batches(
+        decode_rows,
+        fn_args=(job.model, augmentation),
+        batch_size=128,
+        batch_format="pyarrow",
+        num_cpus=num_cpus,
+    )
+
+
 def num_epochs_done(output: Folder) -> int:
-    """Give the epochs that checkpoints hold: a run that resumes must not repeat the first ones' order."""
+    """Give the epochs that checkpoints hold: who goes on from one must not repeat the first ones' order."""
     run = output / f"{RUN}/run"
     return max((run.read_json(path)["epoch"] for path in run.list(f"/{PROGRESS}")), default=0)
 

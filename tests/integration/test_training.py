@@ -16,12 +16,14 @@ import pytest
 
 from mmray.bundle import Bundle
 from mmray.config import Columns, ComputeConfig, ModelConfig, TrainConfig
-from mmray.datasets import Rows
+from mmray.datasets import Rows, count_labels
 from mmray.demo import draw_scene
 from mmray.errors import ConfigError, DataError, OutputError
 from mmray.learner import PROGRESS
+from mmray.start import Start
 from mmray.storage import Folder
-from mmray.training import train_model
+from mmray.training import decoded_rows, train_model
+from mmray.worker import TrainJob
 
 JOBS = Path(__file__).parents[2] / "jobs"
 MODEL = ModelConfig(vision="test_efficientnet", image_size=32, max_tokens=16, width=32, pretrained=False)
@@ -72,6 +74,28 @@ def test_each_epoch_reads_every_row_once_in_another_order(scenes):
     ]
     assert captions[0] == captions[1]
     assert len(captions[0]) == 101
+
+
+@pytest.mark.usefixtures("cluster")
+def test_who_goes_on_from_an_epoch_sees_other_views_than_who_begins(scenes):
+    rows = Rows.find(scenes["train"], Columns())
+    vocabulary, positives = count_labels(rows)
+    start = Start(vocabulary, rows.num_rows, positives, {}, {}, {})
+    job = TrainJob(MODEL, TRAIN, start, [], rows.num_rows, Folder(scenes["train"]), None)
+
+    def seen(epochs_done):
+        batches = decoded_rows([rows], job, 0.5, epochs_done).iter_batches(batch_size=None)
+        return [
+            (str(row), view.sum())
+            for batch in batches
+            for row, view in zip(batch["caption"], batch["pixels"], strict=True)
+        ]
+
+    begun, resumed, plain = seen(0), seen(1), seen(None)
+    assert seen(0) == begun and seen(None) == plain
+    captions = [sorted(caption for caption, _ in found) for found in (begun, resumed, plain)]
+    assert captions[0] == captions[1] == captions[2]
+    assert len({*begun} & {*resumed}) < len(begun) / 2, "most views came again"
 
 
 @pytest.mark.usefixtures("cluster")

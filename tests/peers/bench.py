@@ -35,7 +35,6 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 import pyarrow.dataset as pds
-import pyarrow.parquet as pq
 import workloads
 from measuring import run_command
 from rich.console import Console
@@ -223,7 +222,7 @@ def main(
             name = f"{kind.__name__} {model}"
             if only not in name or (rows := kind(folder, num_rows)) is None:
                 continue
-            workload = Workload(name, rows, workloads.bundle(folder, model), count_rows(rows))
+            workload = Workload(name, rows, workloads.bundle(folder, model), workloads.count_rows(rows))
             found = list(measure(workload, chosen, repeats, folder / "scratch"))
             results += found
             Console().print(as_table(f"{name}, {workload.num_rows:,} rows", found))
@@ -237,11 +236,6 @@ def main(
             content = {**record, "results": results, "forecasts": forecasts}
             Path(output).parent.mkdir(parents=True, exist_ok=True)
             Path(output).write_text(json.dumps(content, indent=1) + "\n")
-
-
-def count_rows(folder: Path) -> int:
-    """Count the rows of a folder by its footers."""
-    return sum(pq.ParquetFile(path).metadata.num_rows for path in folder.glob("*.parquet"))
 
 
 if __name__ == "__main__":

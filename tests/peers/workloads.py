@@ -87,6 +87,11 @@ def bundle(folder: Path, name: str) -> Path:
     return target
 
 
+def count_rows(folder: Path) -> int:
+    """Count the rows of a folder by its footers."""
+    return sum(pq.ParquetFile(path).metadata.num_rows for path in folder.glob("*.parquet"))
+
+
 def _file(folder: Path, start: int) -> Path:
     return folder / f"{start:06}.parquet"
 

@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mmray.ablate import Experiment, suited, variants_of
 from mmray.bundle import Bundle
-from mmray.config import TrainConfig
+from mmray.config import FUSIONS, AblationConfig, TrainConfig
 from mmray.errors import ConfigError
 from mmray.model import build_model
 from mmray.schema import Vocabulary
-from mmray.warm_start import check_frozen, find_donors, take_over, without_other_labels
+from mmray.warm_start import check_frozen, check_stages, find_donors, take_over, without_other_labels
 
 LABELS = ("circle", "square", "triangle")
 
@@ -97,3 +98,17 @@ def test_only_towers_that_are_given_can_stay_as_they_are(bundles):
     check_frozen(config, TrainConfig(init=(bundles["image"],), freeze=("image",)))
     with pytest.raises(ConfigError, match="--freeze caption: no --init gives this tower"):
         check_frozen(config, TrainConfig(init=(bundles["image"],), freeze=("image", "caption")))
+
+
+def test_an_ablation_starts_each_fusion_from_the_towers_that_it_has(bundles):
+    given = (bundles["image"], bundles["logits"])
+    base = Experiment(config_of(bundles["logits"]), TrainConfig(init=given, freeze=("image",)))
+    variants = [suited(variant) for variant in variants_of(base, AblationConfig(axes=("fusion",)))]
+    found = {variant.value: variant.experiment.train for variant in variants}
+    assert found.keys() == {*FUSIONS}
+    assert (found["text"].init, found["text"].freeze) == (given[1:], ())
+    assert all(
+        (train.init, train.freeze) == (given, ("image",)) for name, train in found.items() if name != "text"
+    )
+    for variant in variants:
+        check_stages(variant.experiment.model, variant.experiment.train)
