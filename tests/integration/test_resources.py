@@ -6,6 +6,7 @@ from mmray.config import ComputeConfig
 from mmray.errors import ClusterError
 from mmray.resources import Node, Resources
 from mmray.scoring import Pool
+from mmray.training import TrainWorkers
 
 LAPTOP = Resources({"one": Node(2)})
 ONE_LARGE = Resources({"one": Node(64)})
@@ -34,6 +35,27 @@ def test_an_actor_has_its_share_of_a_node(monkeypatch, there, num_workers, asked
     pool = Pool.on_cluster(ComputeConfig(num_workers=num_workers))
     assert (pool.num_cpus, pool.num_threads) == (asked_for, num_threads)
     assert pool.num_gpus == (there is GPU_NODE)
+
+
+@pytest.mark.parametrize(
+    ("there", "num_workers", "asked_for", "of_a_task"),
+    [
+        (LAPTOP, None, 1, 1),
+        (LAPTOP, "2", 0.5, 1),  # a CPU is left for decoding
+        (LAPTOP, "1:2", 1.2, 0.4),  # no second one fits beside it, and decoding does
+        (ONE_LARGE, "1:8", 38.4, 1),
+        (MIXED, "1:3", 2.4, 0.8),  # the smallest node takes one
+        (MIXED, "4:6", 1, 1),  # more than there are nodes cannot be one a node
+        (MANY, "1:4", 4.8, 1),
+        (GPU_NODE, None, 1, 1),
+        (GPU_NODE, "1:4", 1, 1),  # a GPU each: these are what keeps them apart
+    ],
+)
+def test_workers_leave_decoding_its_share(monkeypatch, there, num_workers, asked_for, of_a_task):
+    monkeypatch.setattr(Resources, "of_cluster", lambda: there)
+    workers = TrainWorkers.on_cluster(ComputeConfig(num_workers=num_workers))
+    assert (workers.num_cpus, workers.task_cpus) == pytest.approx((asked_for, of_a_task))
+    assert workers.use_gpu == (there is GPU_NODE)
 
 
 def test_workers_of_a_node_share_its_threads():
