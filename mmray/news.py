@@ -29,7 +29,8 @@ class News:
         """Pass batches on, and tell now and then how many have been."""
         for step, batch in enumerate(batches, 1):
             yield batch
-            if self.queue is not None and time.monotonic() - self._told > NEWS_INTERVAL_S:
+            due = step == num_steps or time.monotonic() - self._told > NEWS_INTERVAL_S
+            if self.queue is not None and due:
                 self._told = time.monotonic()
                 self.queue.put({"step": (epoch - 1) * num_steps + step, "steps_per_epoch": num_steps})
 

@@ -10,7 +10,8 @@ rows_per_s      steady: all rows, from when the first model is there until the l
                 is in wall_s.
 wall_s          from the command's start to its exit.
 cpu_s_per_1000_rows  of all its processes.
-peak_bytes      of PSS, of all its processes together, Ray's daemons with them, sampled twice a second.
+peak_bytes      of PSS, of all its processes together, Ray's daemons with them, sampled twice a second: in a
+                turn of its own before the others, which sampling would slow down.
 
 An engine whose rows are not those of the input, each once, has no result; nor has one that shares the decode
 and whose scores are not those of the loop within 1e-5. In its own idiom an engine sees other pixels, since
@@ -79,7 +80,9 @@ class Run(NamedTuple):
     peak_bytes: float
 
 
-def run_engine(name: str, workload: Workload, scratch: Path) -> tuple[Run, dict[str, np.ndarray]]:
+def run_engine(
+    name: str, workload: Workload, scratch: Path, *, memory: bool
+) -> tuple[Run, dict[str, np.ndarray]]:
     """Run an engine over a workload; give what it took, and each row's scores by its id.
 
     Raises:
@@ -93,7 +96,7 @@ def run_engine(name: str, workload: Workload, scratch: Path) -> tuple[Run, dict[
     environ = {"PEERS_TRACE": str(scratch / "trace"), "PYTHONPATH": os.pathsep.join(map(str, path))}
     options = {"input": workload.input, "model": workload.model, "output": scratch / "output"}
     given = [text for option, path in options.items() for text in (f"--{option}", str(path))]
-    usage = run_command([sys.executable, str(engine.script), *given, *engine.options], environ)
+    usage = run_command([sys.executable, str(engine.script), *given, *engine.options], environ, memory=memory)
     scores = read_scores(scratch / "output")
     if (num_rows := sum(map(len, scores.values()))) != workload.num_rows or scores.keys() != ids(workload):
         raise click.ClickException(f"{name}: {num_rows} rows of {workload.num_rows}, or others")
@@ -131,12 +134,13 @@ def measure(workload: Workload, names: list[str], repeats: int, scratch: Path) -
     """Run engines in turns; give a result for each that passed the gate, and none for the others."""
     runs: dict[str, list[Run]] = {name: [] for name in names}
     expected: dict[str, np.ndarray] = {}
-    for turn in range(repeats):
+    peaks: dict[str, float] = {}
+    for turn in range(1 + repeats):
         order = sorted(runs, key=lambda name: (turn == 0 and name != "loop", random.random()))
         for name in order:  # the loop comes first in the first turn: it says what is expected
-            click.echo(f"{workload.name}, turn {turn + 1}: {name}", err=True)
+            click.echo(f"{workload.name}, turn {turn or 'of memory'}: {name}", err=True)
             try:
-                run, scores = run_engine(name, workload, scratch)
+                run, scores = run_engine(name, workload, scratch, memory=turn == 0)
                 if name == "loop":
                     expected = expected or scores
                 if not expected:
@@ -148,7 +152,10 @@ def measure(workload: Workload, names: list[str], repeats: int, scratch: Path) -
                 click.echo(f"{error.message}: no result", err=True)
                 del runs[name]
             else:
-                runs[name].append(run)
+                if turn == 0:
+                    peaks[name] = run.peak_bytes
+                else:
+                    runs[name].append(run._replace(peak_bytes=peaks[name]))
     for name, taken in runs.items():
         medians = {field: statistics.median(column) for field, column in columns(taken)}
         ranges = {field: [min(column), max(column)] for field, column in columns(taken)}
@@ -199,7 +206,7 @@ def machine() -> dict[str, Any]:
 @click.option("--output", default="build/bench.json", show_default=True, help="Takes the results.")
 @click.option("--stub-rows", default=4000, show_default=True, help="Labeled with the stub.")
 @click.option("--model-rows", default=600, show_default=True, help="Labeled with efficientnet_b0.")
-@click.option("--repeats", default=5, show_default=True, help="Turns.")
+@click.option("--repeats", default=5, show_default=True, help="Turns that are timed.")
 @click.option("--only", default="", help="Workloads whose name holds this text.")
 @click.option("--engine", "names", multiple=True, help="Only these engines, and the loop.")
 def main(

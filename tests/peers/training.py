@@ -41,7 +41,7 @@ def train_by_ray(data: Path, val: Path, output: Path, workers: int, epochs: int)
     options = {"config": RECIPE, "data": data, "val": val, "output": output, "epochs": epochs}
     options |= {"patience": epochs, "num-workers": workers}
     given = [str(text) for option, value in options.items() for text in (f"--{option}", value)]
-    run_command([sys.executable, str(JOBS / "train.py"), *given, "--no-gpu"])
+    run_command([sys.executable, str(JOBS / "train.py"), *given, "--no-gpu"], memory=False)
     history = json.loads((output / "metrics.json").read_text())["history"]
     num_rows = workloads.count_rows(data) // workers // BATCH_ROWS * BATCH_ROWS * workers
     return [num_rows / epoch["seconds"] for epoch in history]
@@ -52,7 +52,7 @@ def train_by_loop(data: Path, model: Path, output: Path, epochs: int, loaders: i
     options = {"data": data, "model": model, "config": RECIPE, "epochs": epochs, "loaders": loaders}
     given = [str(text) for option, value in options.items() for text in (f"--{option}", value)]
     script = str(HERE / "engines" / "train_loop.py")
-    run_command([sys.executable, script, *given, "--output", str(output)], PASSIVE)
+    run_command([sys.executable, script, *given, "--output", str(output)], PASSIVE, memory=False)
     rates: list[float] = json.loads(output.read_text())
     return rates
 
