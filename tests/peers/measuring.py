@@ -1,9 +1,9 @@
 """Run a command and measure what it takes, all its processes together.
 
 Memory is what Linux calls PSS, where a page that n processes share counts 1/n for each, sampled twice a
-second and summed up. Each sample stops a process for as long as its pages are counted, and a labeling job of
-Ray's took a fifth longer under it: so what is to be timed is measured without. Ray's daemons are `raylet`,
-`gcs_server` and the like: whatever is neither the command's own process nor a Ray worker.
+second and summed up. Each sample stops a process for as long as its pages are counted: so what is to be timed
+is measured without. Ray's daemons are `raylet`, `gcs_server` and the like: whatever is neither the command's
+own process nor a Ray worker.
 """
 
 from __future__ import annotations
