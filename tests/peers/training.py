@@ -47,9 +47,9 @@ def train_by_ray(data: Path, val: Path, output: Path, workers: int, epochs: int)
     return [num_rows / epoch["seconds"] for epoch in history]
 
 
-def train_by_loop(data: Path, model: Path, output: Path, epochs: int, loaders: int) -> list[float]:
+def train_by_loop(data: Path, model: Path, output: Path, loaders: int) -> list[float]:
     """Train without Ray; give rows/s of each epoch."""
-    options = {"data": data, "model": model, "config": RECIPE, "epochs": epochs, "loaders": loaders}
+    options = {"data": data, "model": model, "loaders": loaders}
     given = [str(text) for option, value in options.items() for text in (f"--{option}", value)]
     script = str(HERE / "engines" / "train_loop.py")
     run_command([sys.executable, script, *given, "--output", str(output)], PASSIVE, memory=False)
@@ -75,7 +75,7 @@ def main(state: Path, num_rows: int, repeats: int, epochs: int, loaders: int) ->
     for turn in range(repeats):
         click.echo(f"turn {turn + 1}", err=True)
         rates["Ray Train, 1 worker"] += train_by_ray(data, val, one, 1, epochs)[1:]
-        rates["loop"] += train_by_loop(data, one, state / "loop.json", epochs, loaders)[1:]
+        rates["loop"] += train_by_loop(data, one, state / "loop.json", loaders)[1:]
         rates["Ray Train, 2 workers"] += train_by_ray(data, val, state / "trained-2", 2, epochs)[1:]
     table = Table(title=f"training on {num_rows:,} rows of coco18, {RECIPE.name}")
     for name in ("engine", "rows/s", "lowest-highest", "of the loop's"):

@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mmray.bundle import Bundle
-from mmray.config import TrainConfig, make
+from mmray.config import TrainConfig, from_json
 from mmray.datasets import decode_rows
 from mmray.images import Augmentation
 from mmray.learner import Learner, freeze_unused
-from mmray.recipes import read_recipe
 from mmray.selection import as_lists
+from mmray.start import RECIPE
+from mmray.storage import Folder
 from mmray.worker import Collate, train_epoch
 
 
@@ -58,15 +59,14 @@ class Examples(IterableDataset):
 
 @click.command()
 @click.option("--data", required=True, type=Path)
-@click.option("--model", "model_path", required=True, type=str, help="Bundle that learns on.")
-@click.option("--config", required=True, type=str, help="Recipe.")
-@click.option("--epochs", required=True, type=int)
+@click.option("--model", "model_path", required=True, type=str, help="Bundle that learns on, as it did.")
 @click.option("--loaders", required=True, type=int, help="Processes that read and decode.")
 @click.option("--output", required=True, type=Path, help="Takes rows/s of each epoch.")
-def main(data: Path, model_path: str, config: str, epochs: int, loaders: int, output: Path) -> None:
+def main(data: Path, model_path: str, loaders: int, output: Path) -> None:
     """Train, and write down how fast."""
     files, bundle = sorted(data.glob("*.parquet")), Bundle.load(model_path)
-    train = make(TrainConfig, read_recipe(config) | {"epochs": epochs})
+    learned = Folder(model_path).read_json(RECIPE)["train"]
+    train = from_json(TrainConfig, learned | {"init": []}, RECIPE)
     model = bundle.model()
     freeze_unused(model, bundle.model_config.image_size)
     num_rows = sum(pq.ParquetFile(path).metadata.num_rows for path in files)
@@ -77,7 +77,7 @@ def main(data: Path, model_path: str, config: str, epochs: int, loaders: int, ou
         Examples(files, bundle, train), batch_size=None, num_workers=loaders, persistent_workers=True
     )
     rates = []
-    for _ in range(epochs):
+    for _ in range(train.epochs):
         started, before = time.monotonic(), learner.num_steps
         train_epoch(learner, batches, bundle.tokenizer())
         num_learned = (learner.num_steps - before) * train.batch_size_per_worker
