@@ -128,7 +128,8 @@ def measure(
 
     torch.set_num_threads(pool.num_threads)
     assert config.precision is not None
-    settings: dict[str, Any] = {name: getattr(config, name) for name in ("batch_size", "precision", "flip")}
+    names = ("batch_size", "precision", "flip", "compiled")
+    settings: dict[str, Any] = {name: getattr(config, name) for name in names}
     labeler, start_s = _timed(lambda: Labeler(bundle, num_threads=pool.num_threads, **settings))
 
     def read() -> list[pa.Table]:

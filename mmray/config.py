@@ -228,6 +228,9 @@ class ScoringConfig:
         None, "Arithmetic of the model [default: bf16 on GPU, else fp32].", choices=("fp32", "bf16")
     )
     flip: bool = option(False, "Average over each image and its mirror image.", flag="--flip")
+    compiled: bool = option(
+        False, "Compile the image tower: pays on GPUs, for many images.", flag="--compile"
+    )
 
     def __post_init__(self) -> None:
         """Refuse what cannot compute."""

@@ -4,6 +4,7 @@
 
     pause   the first time, say so by a file `reached-0` with the process id, and wait for a file `go`
     pause:N as above, at the Nth such moment after the first, counted over all processes
+    hold    as above, each time: whoever comes waits for `go`
     exit    die there, each time, as of a kill -9
     hang    never come back from there
 """
@@ -37,10 +38,10 @@ def moment(what: str, detail: str = "") -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     while action == "hang":
         time.sleep(60)
-    _pause(int(action.partition(":")[2] or 0))
+    _pause(None if action == "hold" else int(action.partition(":")[2] or 0))
 
 
-def _pause(wanted: int) -> None:
+def _pause(wanted: int | None) -> None:
     folder = Path(os.environ[FOLDER])
     for index in count():
         try:
@@ -49,5 +50,5 @@ def _pause(wanted: int) -> None:
         except FileExistsError:
             continue
         break
-    while index == wanted and not (folder / "go").exists():
+    while wanted in (None, index) and not (folder / "go").exists():
         time.sleep(0.02)

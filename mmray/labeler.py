@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, starmap
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,9 +18,14 @@ from mmray.decisions import decide
 from mmray.decoding import DECODE_TIMEOUT_S, Decode, Image, Row, decode_row
 from mmray.errors import ConfigError
 from mmray.model import Inputs
+from mmray.predictor import Predictor
 from mmray.schema import Status
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+Logits = Callable[[], np.ndarray]
+"""Waits for the logits of B rows, float32 (B, L), and gives them."""
 
 
 class HungError(Exception):
@@ -59,6 +64,7 @@ class Labeler:
         device: str | None = None,
         precision: str = "fp32",
         flip: bool = False,
+        compiled: bool = False,
         num_threads: int | None = None,
         decode: Decode | None = None,
     ) -> None:
@@ -70,27 +76,28 @@ class Labeler:
             device: such as `cpu` or `cuda` [default: a GPU if there is one].
             precision: `fp32` or `bf16`.
             flip: average the logits of each image and of its mirror image.
+            compiled: compile the image tower first, by `torch.compile`.
             num_threads: decoding threads [default: torch's own number of threads].
             decode: what decodes a row, and keeps its own time [default: `decode_row`].
 
         Raises:
             BundleError: the weights are damaged or belong to another model.
-            ConfigError: the precision is unknown.
+            ConfigError: the precision is unknown, or there is no compiler.
         """
         if precision not in PRECISIONS:
             raise ConfigError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
         self.bundle = bundle
         self.batch_size = batch_size
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.dtype = PRECISIONS[precision]
-        self.flip = flip
-        self.model = bundle.model().to(self.device)
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.predictor = Predictor(
+            bundle.model(), place, PRECISIONS[precision], batch_size=batch_size, flip=flip
+        )
+        if compiled:
+            self.predictor.compile(bundle.model_config.image_size)
         self.tokenizer = bundle.tokenizer()
         self.decode = decode or decode_row
         self.timeout_s = None if decode else DECODE_TIMEOUT_S
-        self.model_seconds = 0.0
-        """That the model has computed so far; the rest of the time it waited for rows."""
-        self._tokenizing, self._computing = threading.Lock(), threading.Lock()
+        self._tokenizing = threading.Lock()
         self.threads = ThreadPoolExecutor(num_threads or torch.get_num_threads(), "decode")
 
     @classmethod
@@ -108,7 +115,13 @@ class Labeler:
         Raises:
             HungError: a row hung its thread; the labeler is one thread short from now on.
         """
-        parts = [self._label(rows) for rows in self._decoded(images, captions)]
+        under_way: deque[tuple[list[Row], Logits | None]] = deque()
+        parts = []
+        for rows in self._decoded(images, captions):
+            under_way.append((rows, self._submit(rows)))
+            if len(under_way) > 1:
+                parts.append(self._label(*under_way.popleft()))
+        parts.extend(starmap(self._label, under_way))
         if not parts:
             none = np.zeros((0, len(self.bundle.vocabulary)))
             return Labeled(none.astype(np.float32), none.astype(bool), np.zeros(0, bool), [], [])
@@ -153,17 +166,11 @@ class Labeler:
                 if decoding:
                     raise HungError(f"a row was not decoded within {self.timeout_s:.0f} s") from None
 
-    def _label(self, rows: list[Row]) -> Labeled:
-        valid = np.array([row.status is not Status.FAILED for row in rows])
-        scores = np.zeros((len(rows), len(self.bundle.vocabulary)), np.float32)
-        if valid.any():
-            scores[valid] = self._score([row for row in rows if row.status is not Status.FAILED])
-        decided, fell_back = decide(scores, self.bundle.thresholds)
-        decided, fell_back = decided & valid[:, None], fell_back & valid
-        return Labeled(scores, decided, fell_back, [row.status for row in rows], [row.error for row in rows])
-
-    @torch.inference_mode()
-    def _score(self, rows: list[Row]) -> np.ndarray:
+    def _submit(self, rows: list[Row]) -> Logits | None:
+        """Let the model begin with the rows that have not failed, if there are any."""
+        rows = [row for row in rows if row.status is not Status.FAILED]
+        if not rows:
+            return None
         config = self.bundle.model_config
         with self._tokenizing:  # a fast tokenizer refuses a call that meets another one's first
             tokens = tokenize(self.tokenizer, [row.caption for row in rows], config.max_tokens)
@@ -172,17 +179,18 @@ class Labeler:
             *tokens,
             has_caption=[row.caption is not None for row in rows],
             size_px=config.image_size,
+            pinned=self.predictor.device.type == "cuda",
         )
-        with self._computing:
-            started = time.monotonic()
-            inputs = inputs.to(self.device)
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                logits = self.model(inputs)
-                if self.flip:
-                    logits = (logits + self.model(inputs._replace(pixels=inputs.pixels.flip(2)))) / 2
-            computed = logits.float().cpu().numpy()
-            self.model_seconds += time.monotonic() - started
-        return self.bundle.calibration.scores(computed)
+        return self.predictor.submit(inputs)
+
+    def _label(self, rows: list[Row], logits: Logits | None) -> Labeled:
+        valid = np.array([row.status is not Status.FAILED for row in rows])
+        scores = np.zeros((len(rows), len(self.bundle.vocabulary)), np.float32)
+        if logits:
+            scores[valid] = self.bundle.calibration.scores(logits())
+        decided, fell_back = decide(scores, self.bundle.thresholds)
+        decided, fell_back = decided & valid[:, None], fell_back & valid
+        return Labeled(scores, decided, fell_back, [row.status for row in rows], [row.error for row in rows])
 
 
 def make_inputs(
@@ -192,6 +200,7 @@ def make_inputs(
     *,
     has_caption: Sequence[bool],
     size_px: int,
+    pinned: bool = False,
 ) -> Inputs:
     """Put rows together as the model takes them; a missing image is black, and marked as missing.
 
@@ -201,13 +210,14 @@ def make_inputs(
         attention_mask: int64 (B, T).
         has_caption: B flags.
         size_px: S.
+        pinned: use memory that a GPU copies from while the host goes on.
     """
-    images = np.zeros((len(pixels), size_px, size_px, 3), np.uint8)
+    images = torch.empty(len(pixels), size_px, size_px, 3, dtype=torch.uint8, pin_memory=pinned)
+    places = images.numpy()
     for index, image in enumerate(pixels):
-        if image is not None:
-            images[index] = image
+        places[index] = 0 if image is None else image
     return Inputs(
-        torch.from_numpy(images),
+        images,
         torch.tensor([image is not None for image in pixels]),
         torch.from_numpy(input_ids),
         torch.from_numpy(attention_mask),

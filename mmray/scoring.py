@@ -209,8 +209,9 @@ class ScoreShards:
         from mmray.isolation import IsolatedDecoder
         from mmray.labeler import Labeler
         from mmray.tables import TableLabeler
-        from mmray.watching import Watch
+        from mmray.watching import Watch, set_up_log
 
+        set_up_log()
         bundle, columns, config, pool, _, hidden = scorer
         torch.set_num_threads(pool.num_threads)  # Ray sets one thread for each CPU that was asked for
         assert config.precision is not None
@@ -223,6 +224,7 @@ class ScoreShards:
                 batch_size=config.batch_size,
                 precision=config.precision,
                 flip=config.flip,
+                compiled=config.compiled,
                 num_threads=pool.num_threads,
                 decode=IsolatedDecoder() if isolated else None,
             )

@@ -33,6 +33,15 @@ TINY = 1e-9
 """Ray's counters refuse to be increased by nothing."""
 
 
+def set_up_log() -> None:
+    """Let a worker's stderr, which is its log, have what mmray tells there."""
+    ours = logging.getLogger("mmray")
+    if not ours.handlers:
+        ours.addHandler(logging.StreamHandler())
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
+
+
 class Watch:
     """Labels tables, and follows how that goes."""
 
@@ -46,10 +55,6 @@ class Watch:
         self._started = self._idle_since = time.monotonic()
         self._lock, self._at_work = threading.Lock(), 0
         self._waited, self._computed = 0.0, 0.0  # not told of yet; told of so far
-        if not log.handlers:  # a worker's stderr is its log
-            log.addHandler(logging.StreamHandler())
-            log.setLevel(logging.INFO)
-            log.propagate = False
 
     def __call__(self, shard: Shard, rows: pa.Table) -> pa.Table:
         """Label the rows of a shard that want it. Several threads may call."""
@@ -69,7 +74,7 @@ class Watch:
 
     def _tell(self, shard: Shard, counts: Counter[str], seconds: float) -> None:
         with self._lock:
-            total = self.labeler.model_seconds
+            total = self.labeler.predictor.seconds
             computed, self._computed = total - self._computed, total
             waited, self._waited = self._waited, 0.0
         for status, count in counts.items():

@@ -47,6 +47,7 @@ FLOORS = [
         *("bundle", "planning"),
         *(
             "selection",
+            "predictor",
             "labeler",
             "isolation",
             "tables",

@@ -246,7 +246,9 @@ def test_scores_are_those_of_the_model(labelers):
     pixels = [decode_image(data, SIZE_PX) for data in IMAGES]
     ids = np.ones((4, 2), np.int64)
     with torch.inference_mode():
-        logits = labeler.model(make_inputs(pixels, ids, ids, has_caption=[False] * 4, size_px=SIZE_PX))
+        logits = labeler.predictor.model(
+            make_inputs(pixels, ids, ids, has_caption=[False] * 4, size_px=SIZE_PX)
+        )
     labeled = labeler(IMAGES, CAPTIONS)
     assert labeled.scores.dtype == np.float32
     assert np.allclose(labeled.scores, logits.sigmoid().numpy(), atol=1e-5)

@@ -1,0 +1,182 @@
+"""Predictor: a model on its device. On a GPU a batch is copied there while the one before is computed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mmray.errors import ConfigError
+from mmray.model import Inputs, MultimodalModel
+
+log = logging.getLogger(__name__)
+
+TIMED_BATCHES = 5
+"""That tell how fast a tower is, compiled and not."""
+
+
+class FixedBatch(nn.Module):
+    """A tower that always sees as many rows, since what is compiled is compiled for one shape."""
+
+    def __init__(self, tower: nn.Module, num_rows: int) -> None:
+        """Take the tower."""
+        super().__init__()
+        self.tower, self.num_rows = tower, num_rows
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Turn pixels, uint8 (B, S, S, 3) of at most `num_rows`, into tokens (B, N, C)."""
+        missing = self.num_rows - len(pixels)
+        return self.tower(functional.pad(pixels, (0, 0) * 3 + (0, missing)))[: len(pixels)]
+
+
+class Part(NamedTuple):
+    """Rows that are being computed."""
+
+    logits: Tensor
+    """float32 (B, L), on the host, once they are done."""
+    events: tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Event] | None
+    """On a GPU: computing began, ended, and the logits have come."""
+
+
+class Predictor:
+    """Computes logits, batch after batch. Several threads may use it: they take turns."""
+
+    def __init__(
+        self, model: MultimodalModel, device: torch.device, dtype: torch.dtype, *, batch_size: int, flip: bool
+    ) -> None:
+        """Move the model to its device.
+
+        Args:
+            model: in evaluation mode; it belongs to the predictor from now on.
+            device: where it computes.
+            dtype: of matrix products and convolutions: float32 or bfloat16.
+            batch_size: the most rows at once; halved when they do not fit into the GPU's memory.
+            flip: average the logits of each image and of its mirror image.
+        """
+        self.model, self.device, self.dtype = model.to(device), device, dtype
+        self.batch_size, self.flip = batch_size, flip
+        self.seconds = 0.0
+        """Spent computing so far."""
+        self._turn = threading.Lock()
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._copies:
+            self.model.to(memory_format=torch.channels_last)
+        if dtype != torch.float32:  # once, what autocast would do again for each batch
+            for layer in self.model.modules():
+                if isinstance(layer, nn.Conv2d | nn.Linear):
+                    layer.to(dtype)
+
+    def compile(self, size_px: int) -> None:
+        """Compile the image tower for whole batches of pixels (S, S), and say when that will have paid.
+
+        Raises:
+            ConfigError: there is no compiler for this device.
+        """
+        if self.model.image is None:
+            return
+        pixels = torch.zeros(self.batch_size, size_px, size_px, 3, dtype=torch.uint8, device=self.device)
+        before = self._seconds_a_row(pixels)
+        started = time.monotonic()
+        tower: Any = torch.compile(self.model.image, dynamic=False)
+        self.model.image = FixedBatch(tower, self.batch_size)  # type: ignore[assignment]
+        try:
+            self._seconds_a_row(pixels, num_batches=1)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[:1]
+            raise ConfigError(f"--compile: nothing here compiles for {self.device}: {reason}") from None
+        took, after = time.monotonic() - started, self._seconds_a_row(pixels)
+        paid = (
+            f"pays back after {took / (before - after):,.0f} images" if after < before else "never pays back"
+        )
+        log.info("compiled in %.0f s: %.0f images/s became %.0f, which %s", took, 1 / before, 1 / after, paid)
+
+    def submit(self, inputs: Inputs) -> Callable[[], np.ndarray]:
+        """Start computing a batch.
+
+        Args:
+            inputs: B rows; on a GPU best in pinned memory.
+
+        Returns:
+            A function that waits for the logits, float32 (B, L), and gives them.
+
+        Raises:
+            torch.OutOfMemoryError: not even one row fits into the GPU's memory.
+        """
+        parts: list[Part] = []
+        start = 0
+        while start < len(inputs.pixels):
+            size = self.batch_size
+            try:
+                parts.append(self._start(Inputs(*(part[start : start + size] for part in inputs))))
+                start += size
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                self._halve(size)
+        return lambda: np.concatenate([self._await(part) for part in parts])
+
+    def _start(self, inputs: Inputs) -> Part:
+        with self._turn, torch.inference_mode():
+            if not self._copies:
+                started = time.monotonic()
+                logits = self._logits(inputs)
+                self.seconds += time.monotonic() - started
+                return Part(logits, None)
+            computing = torch.cuda.current_stream(self.device)
+            with torch.cuda.stream(self._copies):
+                inputs = inputs.to(self.device)
+            computing.wait_stream(self._copies)
+            for part in inputs:
+                part.record_stream(computing)
+            began, ended, came = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+            began.record(computing)
+            logits = self._logits(inputs)
+            ended.record(computing)
+            logits = logits.to("cpu", non_blocking=True)
+            came.record(computing)
+            return Part(logits, (began, ended, came))
+
+    def _logits(self, inputs: Inputs) -> Tensor:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.model(inputs)
+            if self.flip:
+                logits = (logits + self.model(inputs._replace(pixels=inputs.pixels.flip(2)))) / 2
+        return logits.float()
+
+    def _await(self, part: Part) -> np.ndarray:
+        if part.events:
+            began, ended, came = part.events
+            came.synchronize()
+            with self._turn:
+                self.seconds += began.elapsed_time(ended) / 1000
+        return part.logits.numpy()
+
+    def _halve(self, size: int) -> None:
+        with self._turn:
+            if self.batch_size == size:  # another thread may have done so
+                self.batch_size = size // 2
+                log.warning("%d rows do not fit into the GPU's memory; going on with %d", size, size // 2)
+                if isinstance(self.model.image, FixedBatch):
+                    self.model.image.num_rows = self.batch_size
+            torch.cuda.empty_cache()
+
+    def _seconds_a_row(self, pixels: Tensor, num_batches: int = TIMED_BATCHES) -> float:
+        """Time the image tower, after one batch that warms it up; gives the seconds of the median batch."""
+        assert self.model.image is not None
+        seconds = []
+        with torch.inference_mode():
+            for _ in range(1 + num_batches):
+                started = time.monotonic()
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    self.model.image(pixels)
+                if self._copies:
+                    torch.cuda.synchronize(self.device)
+                seconds.append(time.monotonic() - started)
+        return float(np.median(seconds[1:])) / len(pixels)
