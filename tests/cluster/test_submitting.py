@@ -150,11 +150,11 @@ def label(archive, bundle_uri, tmp_path):
 
 @pytest.fixture
 def paused(tmp_path):
-    """Give `paused(moment) -> a runtime environment`, in which the job waits there for a file `go`."""
+    """Give `paused(moment, action="pause") -> a runtime environment`: the job waits for a file `go`."""
 
-    def write(moment):
+    def write(moment, action="pause"):
         recipe = yaml.safe_load(RUNTIME_ENV.read_text())
-        recipe["env_vars"] |= {FAULT: f"pause {moment}", FOLDER: str(tmp_path)}
+        recipe["env_vars"] |= {FAULT: f"{action} {moment}", FOLDER: str(tmp_path)}
         (tmp_path / "runtime-env.yaml").write_text(yaml.safe_dump(recipe))
         return tmp_path / "runtime-env.yaml"
 
@@ -230,13 +230,16 @@ def test_a_pool_grows_onto_a_node_that_comes_and_the_job_outlives_all_nodes(
     for number in range(NUM_FILES):  # more than one actor is ever given at a time, or the pool would not grow
         pq.write_table(draw_rows(1000, number), rows / f"{number:02}.parquet")
     command = (*label, "--input", rows, "--num-workers", "1:2")
-    started = two_nodes.submit(*command, runtime_env=paused("before score *"), name="grows", wait=False)
+    started = two_nodes.submit(
+        *command, runtime_env=paused("before score *", "hold"), name="grows", wait=False
+    )
     assert started.returncode == 0, started.stdout + started.stderr
     poll((tmp_path / "reached-0").exists, lambda: two_nodes.info("grows"))
     come = two_nodes.add_node()
     poll(lambda: any(SCORING in title for title in come.processes().values()), come.processes)
     for node in two_nodes.nodes[1:]:
         assert node.kill()
+    (tmp_path / "go").touch()
     two_nodes.add_node()
     poll(lambda: two_nodes.info("grows")["status"] != "RUNNING", lambda: two_nodes.info("grows"))
     assert two_nodes.info("grows")["driver_exit_code"] == 0, two_nodes.logs("grows")
