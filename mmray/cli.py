@@ -26,6 +26,26 @@ EXIT_BAD_RESULT = 1
 EXIT_INTERRUPTED = 3
 VERBOSE = "mmray.verbose"
 
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+WORKER_ENVIRONMENT = {
+    # Decoding shares the cores with the model, whose threads must not spin while they wait for one another:
+    # a forward pass on two busy cores took 0.08 s with this and 0.6 to 1.0 s without (2026-11-23).
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # What a batch took is kept for the next one. By default glibc gives each large piece back to the kernel,
+    # to get it again page by page: half of the CPU time of EfficientNet-B0 (`tests/peers/allocation.py`).
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+    "MALLOC_ARENA_MAX": "1",  # all threads share it
+}
+"""Read by libraries as a process starts. `jobs/runtime-env.yaml` and the image say the same for clusters."""
+
 
 def options(*kinds: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command an option for each field of the config classes, in their order."""
@@ -187,13 +207,8 @@ def cluster() -> Iterator[None]:
             "or unset RAY_ADDRESS to run here"
         )
     quiet = not is_verbose()
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Decoding shares the cores with the model, whose threads must not spin while they wait for one another:
-    # a forward pass on two busy cores took 0.08 s with this and 0.6 to 1.0 s without (2026-11-23).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name, value in (RAY_ENVIRONMENT | WORKER_ENVIRONMENT).items():
+        os.environ.setdefault(name, value)
     if quiet:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray

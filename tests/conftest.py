@@ -14,13 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmray.cli import RAY_ENVIRONMENT, WORKER_ENVIRONMENT
+
 REPOSITORY = Path(__file__).parents[1]
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
+os.environ |= RAY_ENVIRONMENT | WORKER_ENVIRONMENT
 os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
 # Ray's workers take the environment of the moment in which the cluster starts, so where S3 will be is settled
 # here; tests/s3 serves on this socket. Until then nobody listens, and no test can reach a real store.

@@ -9,6 +9,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+
+from mmray.cli import WORKER_ENVIRONMENT
 
 REPOSITORY = Path(__file__).parents[2]
 DOCKERFILE = REPOSITORY / "cluster" / "Dockerfile"
@@ -57,6 +60,14 @@ def test_the_packages_are_the_projects_and_their_versions_the_locks(image):
     locked = set(re.findall(r"^([\w-]+)(?:\[.+\])?==", (image / "requirements.lock").read_text(), re.M))
     names = {re.match(r"[\w-]+", line)[0].lower() for line in named}
     assert names <= locked
+
+
+def test_processes_start_with_what_a_job_gives_its_own_workers():
+    (variables,) = steps("ENV")
+    of_image = dict(variable.split("=", 1) for variable in variables.split())
+    of_job = yaml.safe_load((REPOSITORY / "jobs" / "runtime-env.yaml").read_text())["env_vars"]
+    assert WORKER_ENVIRONMENT.items() <= of_image.items()
+    assert WORKER_ENVIRONMENT.items() <= of_job.items()
 
 
 def test_a_job_runs_of_what_is_copied(image, tmp_path):
