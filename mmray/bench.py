@@ -94,7 +94,7 @@ def forecast(
     columns, bundle = columns or Columns(), Bundle.load(model_uri)
     rows = Rows.find(input_uri, columns, needs=("image", "caption"))
     pool = Pool.on_cluster(compute or ComputeConfig())
-    config = pool.settle_precision(make(LabelConfig, vars(scoring or ScoringConfig())))
+    config = pool.settle(make(LabelConfig, vars(scoring or ScoringConfig())))
     worker = ray.remote(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus)(measure)
     task = worker.remote(rows.folder, sample(rows), bundle, columns, config, pool, scratch_uri)
     return predict(ray.get(task), pool, Resources.of_cluster(), rows.num_rows)
@@ -148,7 +148,7 @@ def measure(
     decoded, decode_s = _timed(
         lambda: [decode_row(*row, *as_model) for row in zip(images, captions, strict=True)]
     )
-    labeler.decode = lambda place, *_: decoded[place]
+    labeler.decoder.decode = lambda place, *_: decoded[place]
     places: list[Any] = list(range(len(images)))
     model_s = min(_timed(lambda: labeler(places, captions))[1] for _ in range(MODEL_REPEATS))
     num_rows = len(images)

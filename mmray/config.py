@@ -228,6 +228,11 @@ class ScoringConfig:
         None, "Arithmetic of the model [default: bf16 on GPU, else fp32].", choices=("fp32", "bf16")
     )
     flip: bool = option(False, "Average over each image and its mirror image.", flag="--flip")
+    decode: str | None = option(
+        None,
+        "Where images are decoded, beside the model or in a pool of workers [default: as CPUs a GPU].",
+        choices=("beside", "pool"),
+    )
     compiled: bool = option(
         False, "Compile the image tower: pays on GPUs, for many images.", flag="--compile"
     )

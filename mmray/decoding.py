@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,10 @@ from mmray.uris import UnfetchedError
 
 DECODE_TIMEOUT_S = 30.0
 """A row that takes longer hangs; the largest image that is decoded takes some seconds."""
+
+
+class HungError(Exception):
+    """Decoding a row did not end."""
 
 
 class Row(NamedTuple):
@@ -65,3 +70,49 @@ def decode_row(image: Image, caption: str | None, fusion: str, size_px: int, vie
     if pixels is None and not readable:
         status = Status.FAILED
     return Row(pixels, caption if readable else None, status, error)
+
+
+class RowDecoder:
+    """Decodes rows in threads, which several callers may share. A row that hangs is told of."""
+
+    def __init__(self, fusion: str, size_px: int, num_threads: int, decode: Decode | None = None) -> None:
+        """Take what `decode_row` wants to know.
+
+        Args:
+            fusion: of the model.
+            size_px: side of the square.
+            num_threads: rows at a time.
+            decode: what decodes a row, and keeps its own time [default: `decode_row`].
+        """
+        self.fusion, self.size_px = fusion, size_px
+        self.decode = decode or decode_row
+        self.timeout_s = None if decode else DECODE_TIMEOUT_S
+        self.threads = ThreadPoolExecutor(num_threads, "decode")
+
+    def submit(self, images: Sequence[Image | Row], captions: Sequence[str | None]) -> list[Future[Row]]:
+        """Begin to decode some rows; what has been decoded before stays as it is."""
+        return [
+            self.threads.submit(self._decode, image, caption)
+            for image, caption in zip(images, captions, strict=True)
+        ]
+
+    def results(self, rows: list[Future[Row]]) -> list[Row]:
+        """Wait for rows.
+
+        Raises:
+            HungError: one hung its thread; there is one less from now on.
+        """
+        return [self._result(row) for row in rows]
+
+    def _decode(self, image: Image | Row, caption: str | None) -> Row:
+        return image if isinstance(image, Row) else self.decode(image, caption, self.fusion, self.size_px)
+
+    def _result(self, row: Future[Row]) -> Row:
+        while True:
+            # A row that only waits for a thread, behind another caller's, hangs nothing.
+            decoding = row.running()
+            try:
+                return row.result(self.timeout_s)
+            except TimeoutError:
+                if decoding:
+                    raise HungError(f"a row was not decoded within {self.timeout_s:.0f} s") from None

@@ -91,7 +91,7 @@ def evaluate_model(
     """
     columns, compute = columns or Columns(), compute or ComputeConfig()
     bundle, pool = Bundle.load(model_uri), Pool.on_cluster(compute)
-    config = pool.settle_precision(make(LabelConfig, asdict(scoring or ScoringConfig())))
+    config = pool.settle(make(LabelConfig, asdict(scoring or ScoringConfig())))
     rows = Rows.find(data_uri, columns)
     rule = Rule(bundle.vocabulary, bundle.thresholds, scored=True)
     work = Work([(file, list(file.units)) for file in rows.files], set(), [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import chain, starmap
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from mmray.bundle import Bundle
 from mmray.captions import tokenize
 from mmray.decisions import decide
-from mmray.decoding import DECODE_TIMEOUT_S, Decode, Image, Row, decode_row
+from mmray.decoding import Decode, Image, Row, RowDecoder
 from mmray.errors import ConfigError
 from mmray.model import Inputs
 from mmray.predictor import Predictor
@@ -26,10 +26,6 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Logits = Callable[[], np.ndarray]
 """Waits for the logits of B rows, float32 (B, L), and gives them."""
-
-
-class HungError(Exception):
-    """Decoding a row did not end."""
 
 
 class Labeled(NamedTuple):
@@ -95,21 +91,20 @@ class Labeler:
         if compiled:
             self.predictor.compile(bundle.model_config.image_size)
         self.tokenizer = bundle.tokenizer()
-        self.decode = decode or decode_row
-        self.timeout_s = None if decode else DECODE_TIMEOUT_S
         self._tokenizing = threading.Lock()
-        self.threads = ThreadPoolExecutor(num_threads or torch.get_num_threads(), "decode")
+        config, num_threads = bundle.model_config, num_threads or torch.get_num_threads()
+        self.decoder = RowDecoder(config.fusion, config.image_size, num_threads, decode)
 
     @classmethod
     def load(cls, uri: str, **settings: Any) -> Labeler:
         """Load a bundle by its local path or URI; settings are the constructor's."""
         return cls(Bundle.load(uri), **settings)
 
-    def __call__(self, images: Sequence[Image], captions: Sequence[str | None]) -> Labeled:
+    def __call__(self, images: Sequence[Image | Row], captions: Sequence[str | None]) -> Labeled:
         """Label B rows.
 
         Args:
-            images: B encoded images, None where there is none, or why there is none.
+            images: B encoded images, None where there is none, or why there is none; or decoded rows.
             captions: B captions, None where there is none.
 
         Raises:
@@ -134,37 +129,16 @@ class Labeler:
             list(chain(*errors)),
         )
 
-    def _decoded(self, images: Sequence[Image], captions: Sequence[str | None]) -> Iterator[list[Row]]:
+    def _decoded(self, images: Sequence[Image | Row], captions: Sequence[str | None]) -> Iterator[list[Row]]:
         """Decode batch by batch; the next one is under way while its caller works on this one."""
         waiting: list[Future[Row]] = []
         for start in range(0, len(images), self.batch_size):
             ready, stop = waiting, start + self.batch_size
-            waiting = [
-                self.threads.submit(self._decode, image, caption)
-                for image, caption in zip(images[start:stop], captions[start:stop], strict=True)
-            ]
+            waiting = self.decoder.submit(images[start:stop], captions[start:stop])
             if ready:
-                yield self._results(ready)
+                yield self.decoder.results(ready)
         if waiting:
-            yield self._results(waiting)
-
-    def _decode(self, image: Image, caption: str | None) -> Row:
-        config = self.bundle.model_config
-        return self.decode(image, caption, config.fusion, config.image_size)
-
-    def _results(self, rows: list[Future[Row]]) -> list[Row]:
-        return [self._result(row) for row in rows]
-
-    def _result(self, row: Future[Row]) -> Row:
-        while True:
-            decoding = (
-                row.running()
-            )  # a row that only waits for a thread, behind another caller's, hangs nothing
-            try:
-                return row.result(self.timeout_s)
-            except TimeoutError:
-                if decoding:
-                    raise HungError(f"a row was not decoded within {self.timeout_s:.0f} s") from None
+            yield self.decoder.results(waiting)
 
     def _submit(self, rows: list[Row]) -> Logits | None:
         """Let the model begin with the rows that have not failed, if there are any."""

@@ -102,7 +102,7 @@ def label_dataset(
     bundle, output = Bundle.load(model_uri), Folder(output_uri)
     pool = Pool.on_cluster(compute)
     earlier = Earlier.find(retry_failed_uri, "--retry-failed") if retry_failed_uri else None
-    config = pool.settle_precision(config)
+    config = pool.settle(config)
     scorer = Scorer(bundle, columns, config, pool, earlier=earlier and earlier[0])
     folder, files = find_files(input_uri)
     refuse_inside(output, Folder(input_uri))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from ray.data.block import BlockMetadata
 from mmray import retry
 from mmray.bundle import Bundle
 from mmray.config import Columns, ComputeConfig, LabelConfig, Workers
+from mmray.decoders import DecodeShards, shielded
 from mmray.faults import moment
 from mmray.fetch import fetch_images
 from mmray.parcels import Parcel, unpack
@@ -42,6 +41,17 @@ ATTEMPTS = 3
 
 CALLS = 2
 """Blocks that an actor works on at a time: while one's last rows are scored, the next one's are decoded."""
+
+SHARD_BY_SHARD: dict[str, Any] = {
+    "batch_size": 1,
+    "batch_format": "pyarrow",
+    "max_restarts": -1,
+    "max_task_retries": ATTEMPTS,
+}
+"""Of a pool: a worker that dies is replaced for ever."""
+
+MANY_CPUS = 8
+"""A GPU that has so many CPUs gets a pool of decoders."""
 
 TOLERATED_BLOCKS = 100
 """Blocks that may be lost, with all their workers, for a second pass to take up, before a run is given up."""
@@ -71,11 +81,18 @@ def score_shards(folder: Folder, work: Work, scorer: Scorer) -> ray.data.Dataset
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
     warnings.filterwarnings("ignore", "The maximum number of concurrent tasks")  # a small job has fewer
     source = ShardSource(folder, work, scorer.columns, scorer.earlier)
-    return ray.data.read_datasource(source, **pool.tasks()).map_batches(
+    read = ray.data.read_datasource(source, **pool.tasks())
+    if scorer.config.decode == "pool" and not scorer.hidden:
+        read = read.map_batches(
+            DecodeShards,
+            fn_constructor_args=(scorer.columns, scorer.bundle.model_config),
+            compute=pool.decoders(),
+            num_cpus=1 if pool.num_gpus else 0.25,
+            **SHARD_BY_SHARD,
+        )
+    return read.map_batches(
         ScoreShards,
         fn_constructor_args=(scorer,),
-        batch_size=1,
-        batch_format="pyarrow",
         compute=ActorPoolStrategy(
             min_size=pool.minimum,
             max_size=pool.maximum,
@@ -84,8 +101,7 @@ def score_shards(folder: Folder, work: Work, scorer: Scorer) -> ray.data.Dataset
         ),
         num_cpus=pool.num_cpus,
         num_gpus=pool.num_gpus,
-        max_restarts=-1,
-        max_task_retries=ATTEMPTS,
+        **SHARD_BY_SHARD,
     )
 
 
@@ -129,9 +145,19 @@ class Pool(NamedTuple):
         """
         return {"compute": TaskPoolStrategy(self.num_tasks), "num_cpus": 0}
 
-    def settle_precision(self, config: LabelConfig) -> LabelConfig:
-        """Fill in the precision that the device does best, unless one is asked for."""
-        return replace(config, precision=config.precision or ("bf16" if self.num_gpus else "fp32"))
+    def decoders(self) -> ActorPoolStrategy:
+        """Size the pool that decodes: each CPU that an actor has as its share, without its own one."""
+        apart = max(1, self.num_threads - 1)
+        return ActorPoolStrategy(min_size=apart * self.minimum, max_size=apart * self.maximum)
+
+    def settle(self, config: LabelConfig) -> LabelConfig:
+        """Fill in the precision that the device does best and the place to decode, unless asked for."""
+        apart = bool(self.num_gpus) and self.num_threads >= MANY_CPUS
+        return replace(
+            config,
+            precision=config.precision or ("bf16" if self.num_gpus else "fp32"),
+            decode=config.decode or ("pool" if apart else "beside"),
+        )
 
 
 class ShardSource(Datasource):
@@ -196,11 +222,7 @@ class ShardSource(Datasource):
 
 
 class ScoreShards:
-    """An actor of the pool: the model is loaded once, shards come and go.
-
-    What goes wrong travels on as data. Raised through Ray Data, an error would end the run of all the others,
-    and keep the actors of the run alive for as long as it is held.
-    """
+    """An actor of the pool: the model is loaded once, shards come and go."""
 
     def __init__(self, scorer: Scorer) -> None:
         """Load the model."""
@@ -237,21 +259,13 @@ class ScoreShards:
     def __call__(self, packed: pa.Table) -> Iterator[pa.Table]:
         """Score shards."""
         for parcel in unpack(packed):
-            yield self._score(parcel).packed()
+            yield shielded(parcel, self._score).packed()
 
     def _score(self, parcel: Parcel) -> Parcel:
-        from mmray.labeler import HungError
-
-        error = parcel.error or self.refusal
-        if error is None:
-            moment("before score", "{} {}-{}".format(*parcel.shard))
-            try:
-                return parcel._replace(rows=self._labeled(parcel), earlier=None)
-            except HungError:  # its thread cannot be stopped, but this process can: Ray starts another one
-                os.kill(os.getpid(), signal.SIGKILL)
-            except Exception as raised:
-                error = raised
-        return parcel._replace(rows=None, earlier=None, error=error)
+        if self.refusal:
+            raise self.refusal
+        moment("before score", "{} {}-{}".format(*parcel.shard))
+        return parcel._replace(rows=self._labeled(parcel), earlier=None)
 
     def _labeled(self, parcel: Parcel) -> pa.Table:
         if parcel.is_done:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pyarrow as pa
 
 from mmray.columns import text_values
 from mmray.config import Columns
+from mmray.decoded import DECODED, from_column
+from mmray.decoding import Image, Row
 from mmray.fetch import image_values
 from mmray.labeler import Labeler
 from mmray.rowgroups import DAMAGE
@@ -26,12 +30,12 @@ class TableLabeler:
         """Replace the image column by the predictions; rows of a damaged row group have failed.
 
         Args:
-            rows: as `read_units` gives them with `salvage`.
+            rows: as `read_units` gives them with `salvage`; images may be decoded already.
         """
         damage = rows[DAMAGE].to_pylist()
         rows = rows.drop_columns(DAMAGE)
-        images = image_values(rows[self.columns.image])
         captions = text_values(rows[self.columns.caption])
+        images: list[Image | Row] = [*self._images(rows[self.columns.image], captions)]
         if self.hidden == "image":
             images = [None] * len(images)
         if self.hidden == "caption":
@@ -54,3 +58,8 @@ class TableLabeler:
         passed = [rows[name] for name in passthrough_names(rows.schema, self.columns.image)]
         columns = [*passed, *(predictions[field.name] for field in fields)]
         return pa.Table.from_arrays(columns, schema=output_schema(rows.schema, self.columns.image, fields))
+
+    def _images(self, column: pa.ChunkedArray, captions: list[str | None]) -> Sequence[Image | Row]:
+        if column.type == DECODED:
+            return from_column(column, captions, self.labeler.bundle.model_config.image_size)
+        return image_values(column)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from mmray.validation import Validation, add_up
 from mmray.words import words_of
 
 SHUFFLE_BUFFER_BYTES = 256 << 20
-HISTORY = ("epoch", "loss", "sample_f1", "map", "macro_f1", "seconds", "workers")
+HISTORY = ("epoch", "loss", "sample_f1", "map", "macro_f1", "seconds", "waited", "workers")
 """What is remembered of each epoch."""
 
 
@@ -82,11 +83,12 @@ def train_worker(config: dict[str, Any]) -> None:
         )
         torch.manual_seed(job.train.seed + 1_000_003 * epoch + rank)
         started = time.monotonic()
-        loss = train_epoch(learner, news.about(batches, epoch, num_steps), collate.tokenizer)
+        timed = Timed(batches)
+        loss = train_epoch(learner, news.about(timed, epoch, num_steps), collate.tokenizer)
         validation = Validation.of(learner, val.iter_torch_batches(**stream), len(job.start.vocabulary))
         metrics = validation.measure(job.start.vocabulary, learner.device)
         metrics |= {"epoch": epoch, "loss": loss, "seconds": time.monotonic() - started}
-        metrics["workers"] = world_size
+        metrics |= {"waited": timed.seconds, "workers": world_size}
         better = metrics["sample_f1"] > state["best"]
         state = {
             "epoch": epoch,
@@ -97,13 +99,30 @@ def train_worker(config: dict[str, Any]) -> None:
         }
         news.tell(
             f"epoch {epoch}: loss {loss:.4f}, validation sample F1 {metrics['sample_f1']:.4f}, "
-            f"mAP {metrics['map']:.4f}, macro F1 {metrics['macro_f1']:.4f} ({metrics['seconds']:.0f} s"
-            + (f" of {world_size} workers)" if world_size > 1 else ")")
+            f"mAP {metrics['map']:.4f}, macro F1 {metrics['macro_f1']:.4f} "
+            f"({metrics['seconds']:.0f} s, {timed.seconds:.0f} of them waiting for rows"
+            + (f"; {world_size} workers)" if world_size > 1 else ")")
             + (" *" if better else "")
         )
         if rank == 0:
             job.run.publish(EVENTS.format(epoch), event_file(state["history"][-1]))
         report(learner, state, validation.gathered(), rank)
+
+
+class Timed:
+    """Passes batches on, and adds up how long they were waited for."""
+
+    def __init__(self, batches: Batches) -> None:
+        """Take what gives the batches."""
+        self.batches, self.seconds = batches, 0.0
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Give the batches."""
+        asked = time.monotonic()
+        for batch in self.batches:
+            self.seconds += time.monotonic() - asked
+            yield batch
+            asked = time.monotonic()
 
 
 def make_learner(job: TrainJob, steps_per_epoch: int, world_size: int) -> Learner:

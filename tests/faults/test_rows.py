@@ -10,6 +10,7 @@ POISON = "Nr. 500"
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("place", ["beside", "pool"])
 @pytest.mark.parametrize(
     ("action", "reason"),
     [
@@ -17,7 +18,8 @@ POISON = "Nr. 500"
         ("hang", "decoding this row took more than 30 s"),
     ],
 )
-def test_a_poison_row_costs_itself_alone(job, rows, reference, action, reason):
+def test_a_poison_row_costs_itself_alone(make_job, rows, reference, action, reason, place):
+    job = make_job(options=("--decode", place))
     run = job.start(f"{action} decode *{POISON}")
     assert run.wait() == 0, run.told()
     assert "Traceback" not in run.told()

@@ -5,6 +5,7 @@ import logging
 import re
 import runpy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,17 @@ def test_there_is_one_labeled_file_for_each_input_file_and_nothing_else(archive,
     assert {path for path in found if not path.startswith("_")} == set(archive.statuses)
     marks = {path for path in found if path.startswith("_") and not path.startswith("_mmray/rejected/")}
     assert marks == {"_SUCCESS", "_mmray/manifest.json", "_mmray/plan/00000.parquet"}
+
+
+def test_a_pool_that_decodes_changes_nothing(archive, labeled, bundle_uri, tmp_path):
+    config = replace(CONFIG, decode="pool")
+    label_dataset(str(archive.folder), bundle_uri, str(tmp_path / "output"), config=config)
+    for path in archive.statuses:
+        one, other = read(labeled, path), read(tmp_path / "output", path)
+        assert other.schema == one.schema
+        assert repr(other.drop_columns("scores").to_pylist()) == repr(one.drop_columns("scores").to_pylist())
+        for there, here in zip(one["scores"].to_pylist(), other["scores"].to_pylist(), strict=True):
+            assert here == (there and pytest.approx(there, abs=1e-5))
 
 
 def test_every_input_value_stands_in_its_row_and_in_its_type(archive, labeled):

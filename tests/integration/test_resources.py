@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmray.config import ComputeConfig
+from mmray.config import ComputeConfig, LabelConfig
 from mmray.errors import ClusterError
 from mmray.resources import Node, Resources
 from mmray.scoring import Pool
@@ -35,6 +35,25 @@ def test_an_actor_has_its_share_of_a_node(monkeypatch, there, num_workers, asked
     pool = Pool.on_cluster(ComputeConfig(num_workers=num_workers))
     assert (pool.num_cpus, pool.num_threads) == (asked_for, num_threads)
     assert pool.num_gpus == (there is GPU_NODE)
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted", "place", "num_decoders"),
+    [
+        (LAPTOP, None, "beside", (1, 1)),
+        (LAPTOP, "pool", "pool", (1, 1)),
+        (MANY, None, "beside", (28, 28)),
+        (GPU_NODE, None, "pool", (28, 28)),  # 8 CPUs for each of 4 GPUs, of which the actor has one
+        (GPU_NODE, "beside", "beside", (28, 28)),
+        (Resources({"gpu": Node(4, 1)}), None, "beside", (3, 3)),
+    ],
+)
+def test_a_gpu_with_many_cpus_gets_a_pool_that_decodes(monkeypatch, there, wanted, place, num_decoders):
+    monkeypatch.setattr(Resources, "of_cluster", lambda: there)
+    pool = Pool.on_cluster(ComputeConfig())
+    assert pool.settle(LabelConfig(decode=wanted)).decode == place
+    strategy = pool.decoders()
+    assert (strategy.min_size, strategy.max_size) == num_decoders
 
 
 @pytest.mark.parametrize(

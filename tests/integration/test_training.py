@@ -174,6 +174,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_a_finished_one_does_nothin
     assert 2 in known_checkpoints(known).values()
     assert second.metrics["history"][:1] == first_epochs, "an epoch was repeated"
     assert [epoch["epoch"] for epoch in second.metrics["history"]] == [1, 2]
+    assert all(0 < epoch["waited"] < epoch["seconds"] for epoch in second.metrics["history"])
 
     third = train_model(*places, model, train, compute=compute)
     assert third.resumed

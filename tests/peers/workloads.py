@@ -98,7 +98,7 @@ def _file(folder: Path, start: int) -> Path:
 
 def _draw(folder: Path, start: int, num_rows: int) -> None:
     numbers = range(start, min(start + FILE_ROWS, num_rows))
-    rows = [(f"{number:06}", *_photo(number)) for number in numbers]
+    rows = [(f"{number:06}", *photo(number)) for number in numbers]
     names = ("image_id", "image", "caption")
     table = pa.table(dict(zip(names, zip(*rows, strict=True), strict=True)))
     scratch = _file(folder, start).with_suffix(".part")
@@ -106,7 +106,7 @@ def _draw(folder: Path, start: int, num_rows: int) -> None:
     scratch.rename(_file(folder, start))
 
 
-def _photo(number: int) -> tuple[bytes, str]:
+def photo(number: int) -> tuple[bytes, str]:
     """Draw a coarse picture, enlarged, with a sensor's noise; and some words."""
     generator = np.random.default_rng(number)
     coarse = Image.fromarray(generator.integers(0, 256, (9, 12, 3), np.uint8))

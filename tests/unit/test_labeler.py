@@ -19,9 +19,10 @@ from mmray.bundle import save_bundle, tokenizer_files
 from mmray.captions import tokenize, train_tokenizer
 from mmray.config import FUSIONS, Columns, ModelConfig
 from mmray.decisions import Calibration, decide
+from mmray.decoding import HungError, decode_row
 from mmray.errors import BundleError, ConfigError
 from mmray.images import decode_image
-from mmray.labeler import HungError, Labeler, decode_row, make_inputs
+from mmray.labeler import Labeler, make_inputs
 from mmray.model import build_model
 from mmray.rowgroups import DAMAGE
 from mmray.schema import KeptScores, Status, Vocabulary
@@ -173,7 +174,7 @@ def test_several_threads_may_call_it(labelers, fusion):
 
 def test_a_row_hangs_when_it_is_decoded_for_too_long_not_when_it_waits_for_a_thread(labelers):
     labeler, released = like(labelers["image"], batch_size=8), threading.Event()
-    labeler.timeout_s = 1.0
+    labeler.decoder.timeout_s = 1.0
 
     def slowly(data, *given):
         if data == TEXT:
@@ -181,7 +182,7 @@ def test_a_row_hangs_when_it_is_decoded_for_too_long_not_when_it_waits_for_a_thr
         time.sleep(0.2)
         return decode_row(data, *given)
 
-    labeler.decode = slowly
+    labeler.decoder.decode = slowly
     with ThreadPoolExecutor(2) as callers:  # of 16 rows the last ones wait for more than two seconds
         calls = [callers.submit(labeler, IMAGES * 2, CAPTIONS * 2) for _ in range(2)]
     assert all(call.result().statuses == [OK] * 8 for call in calls)
