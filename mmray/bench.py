@@ -17,13 +17,13 @@ from mmray.bundle import Bundle
 from mmray.columns import text_values
 from mmray.config import Columns, ComputeConfig, LabelConfig, ScoringConfig, make
 from mmray.datasets import Rows
-from mmray.decoding import decode_row
+from mmray.decoding import RowDecoder
 from mmray.fetch import fetch_images, image_values
 from mmray.parquet import DataFile, Unit, read_units
 from mmray.plan import Shard
+from mmray.pool import Pool
 from mmray.resources import Resources
 from mmray.schema import KeptScores
-from mmray.scoring import Pool
 from mmray.shards import Committer
 from mmray.storage import Folder
 
@@ -144,17 +144,15 @@ def measure(
     images = [image for table in tables for image in image_values(table[columns.image])]
     captions = [caption for table in tables for caption in text_values(table[columns.caption])]
     labeled = TableLabeler(labeler, columns, KeptScores.parse(config.scores))(tables[0])
-    as_model = (bundle.model_config.fusion, bundle.model_config.image_size)
-    decoded, decode_s = _timed(
-        lambda: [decode_row(*row, *as_model) for row in zip(images, captions, strict=True)]
-    )
-    labeler.decoder.decode = lambda place, *_: decoded[place]
-    places: list[Any] = list(range(len(images)))
-    model_s = min(_timed(lambda: labeler(places, captions))[1] for _ in range(MODEL_REPEATS))
+    # Beside the model threads decode, in a pool processes: what a CPU gets done is not the same.
+    num_threads = pool.num_threads if config.decode == "beside" else 1
+    decoder = RowDecoder(bundle.model_config.fusion, bundle.model_config.image_size, num_threads)
+    decoded, decode_s = _timed(lambda: decoder.results(decoder.submit(images, captions)))
+    model_s = min(_timed(lambda: labeler(decoded, captions))[1] for _ in range(MODEL_REPEATS))
     num_rows = len(images)
     return Costs(
         read_s / num_rows,
-        decode_s / num_rows,
+        decode_s * num_threads / num_rows,
         model_s / num_rows,
         _write(labeled, units[0][0], scratch_uri) / labeled.num_rows,
         start_s,

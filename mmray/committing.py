@@ -22,9 +22,9 @@ from mmray.lease import Lease
 from mmray.parcels import Parcel, unpack
 from mmray.parquet import DataFile
 from mmray.plan import Plan, Shard, Work
+from mmray.pool import Pool
 from mmray.progress import Progress
 from mmray.schema import Status
-from mmray.scoring import Pool
 from mmray.shards import Committer, FileRecord, Records
 
 OUTCOME = pa.schema(

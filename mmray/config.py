@@ -230,7 +230,7 @@ class ScoringConfig:
     flip: bool = option(False, "Average over each image and its mirror image.", flag="--flip")
     decode: str | None = option(
         None,
-        "Where images are decoded, beside the model or in a pool of workers [default: as CPUs a GPU].",
+        "Where images are decoded: beside the model, or in a pool [default: pool from 8 CPUs a GPU on].",
         choices=("beside", "pool"),
     )
     compiled: bool = option(

@@ -27,9 +27,9 @@ from mmray.parcels import Parcel
 from mmray.parquet import DataFile
 from mmray.plan import Plan, Shard, Work, find_work, shards_of
 from mmray.planning import find_plan, refuse_inside
+from mmray.pool import Pool
 from mmray.retry import Earlier, read_shards
 from mmray.schema import Vocabulary, score_matrix
-from mmray.scoring import Pool
 from mmray.shards import finished_manifest
 from mmray.storage import Folder
 

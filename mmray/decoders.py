@@ -16,11 +16,17 @@ import ray
 
 from mmray.columns import text_values
 from mmray.config import Columns, ModelConfig
-from mmray.decoded import to_column
+from mmray.decoded import DECODED, to_column
 from mmray.decoding import HungError, RowDecoder
 from mmray.fetch import image_values
 from mmray.isolation import IsolatedDecoder
 from mmray.parcels import Parcel, unpack
+
+MAX_PIXEL_BYTES = 1 << 30
+"""A shard with more stays encoded, and is decoded beside the model; on their way pixels take thrice their size."""
+
+DECODED_ROWS = 64
+"""Rows whose pixels are put into a column together."""
 
 
 class DecodeShards:
@@ -40,13 +46,17 @@ class DecodeShards:
             yield shielded(parcel, self._decoded).packed()
 
     def _decoded(self, parcel: Parcel) -> Parcel:
-        if parcel.rows is None or parcel.earlier is not None:  # of these most rows are not wanted
-            return parcel
         rows, name = parcel.rows, self.columns.image
+        assert rows is not None
+        if len(rows) * 3 * self.decoder.size_px**2 > MAX_PIXEL_BYTES:
+            return parcel
         images, captions = image_values(rows[name]), text_values(rows[self.columns.caption])
-        decoded = self.decoder.results(self.decoder.submit(images, captions))
+        decoded = []  # in parts, so that what a shard's pixels take is not there twice
+        for start in range(0, len(images), DECODED_ROWS):
+            part = slice(start, start + DECODED_ROWS)
+            decoded.append(to_column(self.decoder.results(self.decoder.submit(images[part], captions[part]))))
         index = rows.schema.get_field_index(name)
-        return parcel._replace(rows=rows.set_column(index, name, to_column(decoded)))
+        return parcel._replace(rows=rows.set_column(index, name, pa.chunked_array(decoded, DECODED)))
 
 
 def shielded(parcel: Parcel, work: Callable[[Parcel], Parcel]) -> Parcel:

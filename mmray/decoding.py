@@ -72,6 +72,10 @@ def decode_row(image: Image, caption: str | None, fusion: str, size_px: int, vie
     return Row(pixels, caption if readable else None, status, error)
 
 
+Decoding = Future[Row] | Row
+"""A row that is being decoded, or has been."""
+
+
 class RowDecoder:
     """Decodes rows in threads, which several callers may share. A row that hangs is told of."""
 
@@ -89,23 +93,22 @@ class RowDecoder:
         self.timeout_s = None if decode else DECODE_TIMEOUT_S
         self.threads = ThreadPoolExecutor(num_threads, "decode")
 
-    def submit(self, images: Sequence[Image | Row], captions: Sequence[str | None]) -> list[Future[Row]]:
+    def submit(self, images: Sequence[Image | Row], captions: Sequence[str | None]) -> list[Decoding]:
         """Begin to decode some rows; what has been decoded before stays as it is."""
         return [
-            self.threads.submit(self._decode, image, caption)
+            image
+            if isinstance(image, Row)
+            else self.threads.submit(self.decode, image, caption, self.fusion, self.size_px)
             for image, caption in zip(images, captions, strict=True)
         ]
 
-    def results(self, rows: list[Future[Row]]) -> list[Row]:
+    def results(self, rows: Sequence[Decoding]) -> list[Row]:
         """Wait for rows.
 
         Raises:
             HungError: one hung its thread; there is one less from now on.
         """
-        return [self._result(row) for row in rows]
-
-    def _decode(self, image: Image | Row, caption: str | None) -> Row:
-        return image if isinstance(image, Row) else self.decode(image, caption, self.fusion, self.size_px)
+        return [row if isinstance(row, Row) else self._result(row) for row in rows]
 
     def _result(self, row: Future[Row]) -> Row:
         while True:

@@ -20,8 +20,9 @@ from mmray.pairing import Pairs
 from mmray.parcels import unpack
 from mmray.parquet import DataFile
 from mmray.plan import Work
+from mmray.pool import Pool
 from mmray.schema import Vocabulary, output_name, score_matrix
-from mmray.scoring import Pool, Scorer, score_shards, streaming
+from mmray.scoring import Scorer, score_shards, streaming
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from itertools import chain, starmap
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 from mmray.bundle import Bundle
 from mmray.captions import tokenize
 from mmray.decisions import decide
-from mmray.decoding import Decode, Image, Row, RowDecoder
+from mmray.decoding import Decode, Decoding, Image, Row, RowDecoder
 from mmray.errors import ConfigError
 from mmray.model import Inputs
 from mmray.predictor import Predictor
@@ -131,7 +130,7 @@ class Labeler:
 
     def _decoded(self, images: Sequence[Image | Row], captions: Sequence[str | None]) -> Iterator[list[Row]]:
         """Decode batch by batch; the next one is under way while its caller works on this one."""
-        waiting: list[Future[Row]] = []
+        waiting: list[Decoding] = []
         for start in range(0, len(images), self.batch_size):
             ready, stop = waiting, start + self.batch_size
             waiting = self.decoder.submit(images[start:stop], captions[start:stop])

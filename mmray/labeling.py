@@ -26,9 +26,10 @@ from mmray.lease import Lease
 from mmray.parquet import find_files
 from mmray.plan import Plan, Work, find_work
 from mmray.planning import plan_labeling, refuse_inside
+from mmray.pool import Pool
 from mmray.progress import Progress
 from mmray.retry import Earlier
-from mmray.scoring import Pool, Scorer, score_shards, streaming
+from mmray.scoring import Scorer, score_shards, streaming
 from mmray.shards import Committer, Records, count_rows, finish, finished_manifest
 from mmray.storage import Folder
 

@@ -64,13 +64,13 @@ class Predictor:
         self.batch_size, self.flip = batch_size, flip
         self.seconds = 0.0
         """Spent computing so far."""
-        self._turn = threading.Lock()
+        self._turn, self._counting = threading.Lock(), threading.Lock()
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self._copies:
             self.model.to(memory_format=torch.channels_last)
         if dtype != torch.float32:  # once, what autocast would do again for each batch
             for layer in self.model.modules():
-                if isinstance(layer, nn.Conv2d | nn.Linear):
+                if type(layer) in (nn.Conv2d, nn.Linear):  # others may compute their weights first
                     layer.to(dtype)
 
     def compile(self, size_px: int) -> None:
@@ -78,20 +78,31 @@ class Predictor:
 
         Raises:
             ConfigError: there is no compiler for this device.
+            torch.OutOfMemoryError: not even one row fits into the GPU's memory.
         """
-        if self.model.image is None:
-            return
-        pixels = torch.zeros(self.batch_size, size_px, size_px, 3, dtype=torch.uint8, device=self.device)
-        before = self._seconds_a_row(pixels)
-        started = time.monotonic()
-        tower: Any = torch.compile(self.model.image, dynamic=False)
-        self.model.image = FixedBatch(tower, self.batch_size)  # type: ignore[assignment]
+        while self.model.image is not None:
+            size = self.batch_size
+            try:
+                self._compile(self.model.image, size, size_px)
+                return
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+            self._halve(size)
+
+    def _compile(self, tower: nn.Module, num_rows: int, size_px: int) -> None:
+        pixels = torch.zeros(num_rows, size_px, size_px, 3, dtype=torch.uint8, device=self.device)
+        before, started = self._seconds_a_row(tower, pixels), time.monotonic()
+        compiled: Any = torch.compile(tower, dynamic=False)
         try:
-            self._seconds_a_row(pixels, num_batches=1)
+            self._seconds_a_row(compiled, pixels, num_batches=1)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
-            reason = str(error).strip().splitlines()[:1]
+            (reason,) = str(error).strip().splitlines()[:1] or [type(error).__name__]
             raise ConfigError(f"--compile: nothing here compiles for {self.device}: {reason}") from None
-        took, after = time.monotonic() - started, self._seconds_a_row(pixels)
+        took, after = time.monotonic() - started, self._seconds_a_row(compiled, pixels)
+        self.model.image = FixedBatch(compiled, num_rows)  # type: ignore[assignment]
         paid = (
             f"pays back after {took / (before - after):,.0f} images" if after < before else "never pays back"
         )
@@ -114,20 +125,23 @@ class Predictor:
         while start < len(inputs.pixels):
             size = self.batch_size
             try:
-                parts.append(self._start(Inputs(*(part[start : start + size] for part in inputs))))
-                start += size
+                parts.append(self._start(Inputs(*(part[start:] for part in inputs))))
+                start += len(parts[-1].logits)
+                continue
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
-                self._halve(size)
+            self._halve(size)  # now that the error has let go of what the batch had taken
         return lambda: np.concatenate([self._await(part) for part in parts])
 
     def _start(self, inputs: Inputs) -> Part:
+        """Start computing the first rows, as many as are computed at once."""
         with self._turn, torch.inference_mode():
+            inputs = Inputs(*(part[: self.batch_size] for part in inputs))
             if not self._copies:
                 started = time.monotonic()
                 logits = self._logits(inputs)
-                self.seconds += time.monotonic() - started
+                self._count(time.monotonic() - started)
                 return Part(logits, None)
             computing = torch.cuda.current_stream(self.device)
             with torch.cuda.stream(self._copies):
@@ -154,9 +168,12 @@ class Predictor:
         if part.events:
             began, ended, came = part.events
             came.synchronize()
-            with self._turn:
-                self.seconds += began.elapsed_time(ended) / 1000
+            self._count(began.elapsed_time(ended) / 1000)
         return part.logits.numpy()
+
+    def _count(self, seconds: float) -> None:
+        with self._counting:
+            self.seconds += seconds
 
     def _halve(self, size: int) -> None:
         with self._turn:
@@ -167,15 +184,14 @@ class Predictor:
                     self.model.image.num_rows = self.batch_size
             torch.cuda.empty_cache()
 
-    def _seconds_a_row(self, pixels: Tensor, num_batches: int = TIMED_BATCHES) -> float:
-        """Time the image tower, after one batch that warms it up; gives the seconds of the median batch."""
-        assert self.model.image is not None
+    def _seconds_a_row(self, tower: nn.Module, pixels: Tensor, num_batches: int = TIMED_BATCHES) -> float:
+        """Time an image tower, after one batch that warms it up; gives the median batch's seconds a row."""
         seconds = []
         with torch.inference_mode():
             for _ in range(1 + num_batches):
                 started = time.monotonic()
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    self.model.image(pixels)
+                    tower(pixels)
                 if self._copies:
                     torch.cuda.synchronize(self.device)
                 seconds.append(time.monotonic() - started)

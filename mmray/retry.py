@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mmray.damage import reading_labels
 from mmray.errors import OutputError
 from mmray.fingerprints import differences
 from mmray.parquet import DataFile
@@ -87,18 +88,14 @@ def read_shards(earlier: Earlier, file: DataFile, shards: Sequence[Shard]) -> It
     """
     where = f"{earlier}/{file.path}"
     wanted = {"fingerprint": earlier.fingerprint, "input": file.footer_sha256, "num_rows": file.num_rows}
-    try:
-        with earlier.folder.open(file.path) as source:
-            parquet = pq.ParquetFile(source, pre_buffer=True)
-            if not read_record(parquet.metadata).items() >= wanted.items():
-                raise OutputError(f"{where} is not what its plan says; verify.py tells more")
-            for shard in shards:
-                whole = not file.num_rows
-                row_group = file.shards.index((shard.first, shard.end))
-                yield parquet.read() if whole else parquet.read_row_group(row_group)
-    except (FileNotFoundError, pa.ArrowException) as error:
-        brief = " ".join(str(error).split())[:200]
-        raise OutputError(f"{where} is gone or damaged ({brief}); verify.py tells more") from None
+    with reading_labels(where), earlier.folder.open(file.path) as source:
+        parquet = pq.ParquetFile(source, pre_buffer=True)
+        if not read_record(parquet.metadata).items() >= wanted.items():
+            raise OutputError(f"{where} is not what its plan says; verify.py says more")
+        for shard in shards:
+            whole = not file.num_rows
+            row_group = file.shards.index((shard.first, shard.end))
+            yield parquet.read() if whole else parquet.read_row_group(row_group)
 
 
 def has_failed(labeled: pa.Table) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -13,19 +12,19 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import ray
 import ray.data
-from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from mmray import retry
 from mmray.bundle import Bundle
-from mmray.config import Columns, ComputeConfig, LabelConfig, Workers
+from mmray.config import Columns, LabelConfig
 from mmray.decoders import DecodeShards, shielded
 from mmray.faults import moment
 from mmray.fetch import fetch_images
 from mmray.parcels import Parcel, unpack
 from mmray.parquet import MAX_SHARD_BYTES, DataFile, Unit, read_units
 from mmray.plan import Shard, Work, shards_of
-from mmray.resources import Resources
+from mmray.pool import Pool
 from mmray.retry import Earlier
 from mmray.schema import KeptScores
 from mmray.storage import Folder
@@ -50,9 +49,6 @@ SHARD_BY_SHARD: dict[str, Any] = {
 }
 """Of a pool: a worker that dies is replaced for ever."""
 
-MANY_CPUS = 8
-"""A GPU that has so many CPUs gets a pool of decoders."""
-
 TOLERATED_BLOCKS = 100
 """Blocks that may be lost, with all their workers, for a second pass to take up, before a run is given up."""
 
@@ -69,6 +65,12 @@ class Scorer(NamedTuple):
     hidden: str | None = None
     """`image` or `caption`: what the model is not shown of any row."""
 
+    @property
+    def decodes_apart(self) -> bool:
+        """Whether a pool decodes. Of rows that are hidden or labeled again most images are not wanted."""
+        shown = self.bundle.model_config.fusion != "text" and not (self.hidden or self.earlier)
+        return self.config.decode == "pool" and shown
+
 
 def score_shards(folder: Folder, work: Work, scorer: Scorer) -> ray.data.Dataset:
     """Read the shards of some work and score them: parcels of labeled tables.
@@ -82,12 +84,11 @@ def score_shards(folder: Folder, work: Work, scorer: Scorer) -> ray.data.Dataset
     warnings.filterwarnings("ignore", "The maximum number of concurrent tasks")  # a small job has fewer
     source = ShardSource(folder, work, scorer.columns, scorer.earlier)
     read = ray.data.read_datasource(source, **pool.tasks())
-    if scorer.config.decode == "pool" and not scorer.hidden:
+    if scorer.decodes_apart:
         read = read.map_batches(
             DecodeShards,
             fn_constructor_args=(scorer.columns, scorer.bundle.model_config),
-            compute=pool.decoders(),
-            num_cpus=1 if pool.num_gpus else 0.25,
+            **pool.decoders(work.num_pending),
             **SHARD_BY_SHARD,
         )
     return read.map_batches(
@@ -103,61 +104,6 @@ def score_shards(folder: Folder, work: Work, scorer: Scorer) -> ray.data.Dataset
         num_gpus=pool.num_gpus,
         **SHARD_BY_SHARD,
     )
-
-
-class Pool(NamedTuple):
-    """The actors that score: how many, and what each asks for."""
-
-    minimum: int
-    maximum: int
-    num_cpus: float
-    num_gpus: float
-    num_threads: int
-    num_tasks: int
-    """That may read at a time, and that may commit."""
-
-    @classmethod
-    def on_cluster(cls, compute: ComputeConfig) -> Pool:
-        """Size the pool for the cluster that is there; what comes later brings CPUs for actors of its own.
-
-        Raises:
-            ConfigError: GPUs are asked for, and the cluster has none.
-        """
-        there = Resources.of_cluster()
-        use_gpu = there.use_gpu(compute)
-        default = there.gpus if use_gpu else sum(node.cpus > 0 for node in there.nodes.values())
-        workers = Workers.parse(compute.num_workers or default)
-        share = there.share(workers, use_gpu=use_gpu)
-        # Reading and committing want a CPU beside the actors. In a pool that grows each asks for more than
-        # half of its share, so that actors come with new nodes, and not beside the first ones.
-        part = 0.75 if workers.minimum < workers.maximum else 0.5
-        num_cpus = 1 if use_gpu else int(share) - 1 if share >= 3 else share * part
-        num_tasks = max(2 * workers.maximum, int(there.cpus - workers.minimum * num_cpus))
-        return cls(
-            *(workers.minimum, workers.maximum, num_cpus, float(use_gpu)), max(1, int(share)), num_tasks
-        )
-
-    def tasks(self) -> dict[str, Any]:
-        """Give the settings of tasks beside the actors: so many, and no CPU asked for.
-
-        After a node has died the actors may hold every CPU that is left. Tasks that asked for one would then
-        wait for the actors, and the actors for them.
-        """
-        return {"compute": TaskPoolStrategy(self.num_tasks), "num_cpus": 0}
-
-    def decoders(self) -> ActorPoolStrategy:
-        """Size the pool that decodes: each CPU that an actor has as its share, without its own one."""
-        apart = max(1, self.num_threads - 1)
-        return ActorPoolStrategy(min_size=apart * self.minimum, max_size=apart * self.maximum)
-
-    def settle(self, config: LabelConfig) -> LabelConfig:
-        """Fill in the precision that the device does best and the place to decode, unless asked for."""
-        apart = bool(self.num_gpus) and self.num_threads >= MANY_CPUS
-        return replace(
-            config,
-            precision=config.precision or ("bf16" if self.num_gpus else "fp32"),
-            decode=config.decode or ("pool" if apart else "beside"),
-        )
 
 
 class ShardSource(Datasource):

@@ -5,14 +5,14 @@ import pytest
 from mmray.bench import SAMPLE_ROWS, Costs, forecast, predict, sample
 from mmray.config import Columns
 from mmray.datasets import Rows
+from mmray.pool import Pool
 from mmray.resources import Node, Resources
-from mmray.scoring import Pool
 
 COSTS = Costs(read=0.001, decode=0.004, model=0.002, write=0.001, start=9.0)
 
 
 def test_on_cpus_the_costs_of_the_stages_add_up():
-    pool = Pool(minimum=1, maximum=2, num_cpus=1, num_gpus=0, num_threads=4, num_tasks=4)
+    pool = Pool(minimum=1, maximum=2, num_cpus=1, num_gpus=0, num_threads=4, num_tasks=4, num_decoders=1)
     found = predict(COSTS, pool, Resources({"a": Node(8)}), 100_000)
     assert found.rows_per_s == pytest.approx(8 / (0.001 + 0.004 + 4 * 0.002 + 0.001))
     assert found.limit == "model"
@@ -21,14 +21,14 @@ def test_on_cpus_the_costs_of_the_stages_add_up():
 
 
 def test_fewer_workers_than_the_cluster_has_room_for_leave_cpus_idle():
-    pool = Pool(minimum=1, maximum=1, num_cpus=1, num_gpus=0, num_threads=2, num_tasks=4)
+    pool = Pool(minimum=1, maximum=1, num_cpus=1, num_gpus=0, num_threads=2, num_tasks=4, num_decoders=1)
     found = predict(COSTS, pool, Resources({"a": Node(8)}), 1000)
     assert found.rows_per_s == pytest.approx(2 / (0.006 + 2 * 0.002))
 
 
 @pytest.mark.parametrize(("cpus", "limit", "rate"), [(32, "model", 1000), (3, "decode", 500)])
 def test_with_gpus_the_slower_of_cpus_and_gpus_is_the_limit(cpus, limit, rate):
-    pool = Pool(minimum=1, maximum=8, num_cpus=1, num_gpus=1, num_threads=4, num_tasks=4)
+    pool = Pool(minimum=1, maximum=8, num_cpus=1, num_gpus=1, num_threads=4, num_tasks=4, num_decoders=1)
     found = predict(COSTS, pool, Resources({"a": Node(cpus, 2)}), 1000)
     assert (found.limit, found.rows_per_s) == (limit, pytest.approx(rate))
 

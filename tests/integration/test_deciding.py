@@ -228,7 +228,7 @@ def test_predictions_that_are_not_as_they_were_are_refused(labeled, decided, tmp
         (before / "big.parquet").write_bytes((before / "big.parquet").read_bytes()[:-9])
     else:  # the same bundle and rows, and yet another fingerprint
         shutil.copy(decided / "big.parquet", before)
-    with pytest.raises(OutputError, match=r"big\.parquet is .*verify\.py tells more"):
+    with pytest.raises(OutputError, match=r"big\.parquet is .*verify\.py says more"):
         decide_again(str(before), str(output), 0.3)
     assert not (output / "_SUCCESS").exists()
 

@@ -4,8 +4,8 @@ import pytest
 
 from mmray.config import ComputeConfig, LabelConfig
 from mmray.errors import ClusterError
+from mmray.pool import Pool
 from mmray.resources import Node, Resources
-from mmray.scoring import Pool
 from mmray.training import TrainWorkers
 
 LAPTOP = Resources({"one": Node(2)})
@@ -23,8 +23,8 @@ MANY = Resources({"head": Node(0), **{f"node-{number}": Node(8) for number in ra
         (LAPTOP, "1:8", 1.5, 2),  # no second one fits beside it: what comes later brings its own CPUs
         (ONE_LARGE, "1:8", 7, 8),
         (MIXED, "1:8", 3, 4),  # the smallest node takes one
-        (GPU_NODE, "1:16", 1, 8),  # 8 of a node's CPUs for each of its GPUs
-        (GPU_NODE, None, 1, 8),
+        (GPU_NODE, "1:16", 0.5, 8),  # 8 of a node's CPUs for each of its GPUs
+        (GPU_NODE, None, 0.5, 8),
         (MANY, None, 7, 8),
         (MANY, "1:100", 7, 8),
         (MANY, "8", 3, 4),
@@ -37,23 +37,38 @@ def test_an_actor_has_its_share_of_a_node(monkeypatch, there, num_workers, asked
     assert pool.num_gpus == (there is GPU_NODE)
 
 
+ELSEWHERE = Resources({"gpu": Node(4, 1), "one": Node(16), "other": Node(16)})
+POOR = Resources({"gpu": Node(2, 2)})
+
+
 @pytest.mark.parametrize(
-    ("there", "wanted", "place", "num_decoders"),
+    ("there", "num_workers", "wanted", "place", "num_decoders"),
     [
-        (LAPTOP, None, "beside", (1, 1)),
-        (LAPTOP, "pool", "pool", (1, 1)),
-        (MANY, None, "beside", (28, 28)),
-        (GPU_NODE, None, "pool", (28, 28)),  # 8 CPUs for each of 4 GPUs, of which the actor has one
-        (GPU_NODE, "beside", "beside", (28, 28)),
-        (Resources({"gpu": Node(4, 1)}), None, "beside", (3, 3)),
+        (LAPTOP, None, None, "beside", (1, 1)),
+        (LAPTOP, None, "pool", "pool", (1, 1)),
+        (ONE_LARGE, None, "pool", "pool", (63, 63)),
+        (MANY, None, "pool", "pool", (28, 28)),
+        (GPU_NODE, None, None, "pool", (28, 28)),
+        (GPU_NODE, "1:4", None, "pool", (31, 99)),  # no more than shards
+        (GPU_NODE, None, "beside", "beside", (28, 28)),
+        (ELSEWHERE, None, None, "pool", (35, 35)),
+        (Resources({"gpu": Node(4, 1)}), None, None, "beside", (3, 3)),
+        (POOR, None, "pool", "pool", (1, 1)),
     ],
 )
-def test_a_gpu_with_many_cpus_gets_a_pool_that_decodes(monkeypatch, there, wanted, place, num_decoders):
+def test_a_gpu_with_many_cpus_gets_a_pool_that_decodes_and_leaves_room_for_all_else(
+    monkeypatch, there, num_workers, wanted, place, num_decoders
+):
     monkeypatch.setattr(Resources, "of_cluster", lambda: there)
-    pool = Pool.on_cluster(ComputeConfig())
+    pool = Pool.on_cluster(ComputeConfig(num_workers=num_workers))
     assert pool.settle(LabelConfig(decode=wanted)).decode == place
-    strategy = pool.decoders()
+    settings = pool.decoders(99)
+    strategy, of_a_decoder = settings["compute"], settings["num_cpus"]
     assert (strategy.min_size, strategy.max_size) == num_decoders
+    of_a_join = 0.5
+    together = pool.minimum * pool.num_cpus + strategy.min_size * of_a_decoder + of_a_join
+    assert together <= there.cpus, "the scoring actors would never find a place"
+    assert of_a_decoder > 0, "or the head would decode"
 
 
 @pytest.mark.parametrize(

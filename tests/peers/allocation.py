@@ -29,9 +29,10 @@ from mmray.config import ModelConfig, TrainConfig
 KEPT = {name: value for name, value in WORKER_ENVIRONMENT.items() if name.startswith("MALLOC")}
 CASES = {
     "EfficientNet-B0, 224 px, batches of 64": ("infer", "efficientnet_b0", 224, 64),
+    "EfficientNet-B4, 380 px, batches of 8": ("infer", "efficientnet_b4", 380, 8),
     "MobileNetV3-small, 112 px, batches of 64": ("infer", "mobilenetv3_small_100", 112, 64),
-    "training RegNetX-002, 128 px, batches of 32": ("train", "regnetx_002", 128, 32),
-    "labeler, EfficientNet-B0, two callers": ("label", "efficientnet_b0", 224, 64),
+    "training RegNetX-002, 160 px, batches of 32": ("train", "regnetx_002", 160, 32),
+    "Labeler, EfficientNet-B0, two callers": ("label", "efficientnet_b0", 224, 64),
 }
 STEPS = 6
 LABELS = tuple(range(18))

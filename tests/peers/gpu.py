@@ -6,8 +6,8 @@ alone      the model on batches that are on the device already, as `Predictor` c
 job        `label_dataset` on Ray, by rows committed between the first file and the last one
 decoding   threads and processes that do nothing but decode, as many as there are CPUs
 
-FOLDER holds Parquet files of images and captions; each is labeled `--copies` times. All of it once eager, in
-bf16, and once with `--compile`.
+FOLDER holds Parquet files of images and captions; each is labeled `--copies` times. All of it in bf16, eager
+and with `--compile`; the job with its decoding in a pool and beside the model.
 """
 
 from __future__ import annotations
@@ -145,13 +145,14 @@ def main(source: Path, copies: int, batch_size: int, json_path: Path | None) -> 
         for compiled in (False, True):
             name = "compiled" if compiled else "eager"
             tell(f"alone, {name}", ray.get(alone.remote(uri, batch_size, compiled)))
-            config = LabelConfig(batch_size=batch_size, compiled=compiled, max_failed_fraction=0.1)
-            tell(f"job, {name}", job(rows, uri, Path(scratch) / f"labeled-{name}", config))
-            both = (
-                found[f"job, {name}"]["rows_per_s"],
-                float(np.median(found[f"alone, {name}"]["rows_per_s"])),
-            )
-            tell(f"job / alone, {name}", both[0] / both[1])
+            for place in ("pool", "beside"):
+                config = LabelConfig(
+                    batch_size=batch_size, compiled=compiled, decode=place, max_failed_fraction=0.1
+                )
+                case = f"{name}, decoding {place}"
+                tell(f"job, {case}", job(rows, uri, Path(scratch) / case, config))
+                rate = found[f"job, {case}"]["rows_per_s"]
+                tell(f"job / alone, {case}", rate / float(np.median(found[f"alone, {name}"]["rows_per_s"])))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ FLOORS = [
     # 1: everything that works without Ray
     [
         *(
+            "damage",
             "disk",
             "stores",
             "remote",
@@ -58,7 +59,7 @@ FLOORS = [
             "card",
             "cli",
         ),
-        *("damage", "charts", "page", "picking", "survey", "label_studio", "onnx_export", "events"),
+        *("charts", "page", "picking", "survey", "label_studio", "onnx_export", "events"),
     ],
     # 2: on Ray Data and Ray Train
     [
@@ -69,6 +70,7 @@ FLOORS = [
         "worker",
         "training",
         "watching",
+        "pool",
         "decoders",
         "scoring",
         "committing",

@@ -1,0 +1,84 @@
+"""The pools of a labeling job, sized for the cluster that is there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
+from mmray.config import ComputeConfig, LabelConfig, Workers
+from mmray.resources import Resources
+
+DECODERS_A_GPU = 8
+"""CPUs that a GPU has, its actor's own included, from which on a pool decodes."""
+
+DECODER_CPUS = 0.001
+
+
+class Pool(NamedTuple):
+    """The actors that score: how many, and what each asks for."""
+
+    minimum: int
+    maximum: int
+    num_cpus: float
+    num_gpus: float
+    num_threads: int
+    num_tasks: int
+    """That may read at a time, and that may commit."""
+    num_decoders: int
+    """Of the pool that decodes, where one does."""
+
+    @classmethod
+    def on_cluster(cls, compute: ComputeConfig) -> Pool:
+        """Size the pool for the cluster that is there; what comes later brings CPUs for actors of its own.
+
+        Raises:
+            ConfigError: GPUs are asked for, and the cluster has none.
+        """
+        there = Resources.of_cluster()
+        use_gpu = there.use_gpu(compute)
+        default = there.gpus if use_gpu else sum(node.cpus > 0 for node in there.nodes.values())
+        workers = Workers.parse(compute.num_workers or default)
+        share = there.share(workers, use_gpu=use_gpu)
+        # Reading and committing want a CPU beside the actors. In a pool that grows each asks for more than
+        # half of its share, so that actors come with new nodes, and not beside the first ones.
+        part = 0.75 if workers.minimum < workers.maximum else 0.5
+        num_cpus = 0.5 if use_gpu else int(share) - 1 if share >= 3 else share * part
+        num_tasks = max(2 * workers.maximum, int(there.cpus - workers.minimum * num_cpus))
+        num_decoders = max(1, int(there.cpus) - workers.minimum)
+        threads = max(1, int(share))
+        return cls(
+            *(workers.minimum, workers.maximum, num_cpus, float(use_gpu), threads, num_tasks, num_decoders)
+        )
+
+    def tasks(self) -> dict[str, Any]:
+        """Give the settings of tasks beside the actors: so many, and no CPU asked for.
+
+        After a node has died the actors may hold every CPU that is left. Tasks that asked for one would then
+        wait for the actors, and the actors for them.
+        """
+        return {"compute": TaskPoolStrategy(self.num_tasks), "num_cpus": 0}
+
+    def decoders(self, num_shards: int) -> dict[str, Any]:
+        """Give the settings of the pool that decodes so many shards: an actor for each CPU that is there.
+
+        Each asks for next to nothing, so that a scoring actor always finds its place beside them, also when
+        they come first, or start again on the nodes that are left; and for more than nothing, so that none
+        comes to a head without CPUs.
+        """
+        growth = self.maximum / self.minimum
+        low, high = (min(num_shards, int(self.num_decoders * times)) for times in (1, growth))
+        return {
+            "compute": ActorPoolStrategy(min_size=max(1, low), max_size=max(1, high)),
+            "num_cpus": DECODER_CPUS,
+        }
+
+    def settle(self, config: LabelConfig) -> LabelConfig:
+        """Fill in what the cluster does best, unless it is asked for: precision, and the place to decode."""
+        many = self.num_gpus and self.num_decoders >= (DECODERS_A_GPU - 1) * self.minimum
+        return replace(
+            config,
+            precision=config.precision or ("bf16" if self.num_gpus else "fp32"),
+            decode=config.decode or ("pool" if many else "beside"),
+        )
