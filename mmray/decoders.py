@@ -23,7 +23,7 @@ from mmray.isolation import IsolatedDecoder
 from mmray.parcels import Parcel, unpack
 
 MAX_PIXEL_BYTES = 1 << 30
-"""A shard with more stays encoded, and is decoded beside the model; on their way pixels take thrice their size."""
+"""A shard with more stays encoded, and is decoded beside the model: on their way pixels take thrice that."""
 
 DECODED_ROWS = 64
 """Rows whose pixels are put into a column together."""
