@@ -97,16 +97,22 @@ def train_worker(config: dict[str, Any]) -> None:
             "metrics": metrics,
             "history": [*state["history"], {name: metrics[name] for name in HISTORY}],
         }
-        news.tell(
-            f"epoch {epoch}: loss {loss:.4f}, validation sample F1 {metrics['sample_f1']:.4f}, "
-            f"mAP {metrics['map']:.4f}, macro F1 {metrics['macro_f1']:.4f} "
-            f"({metrics['seconds']:.0f} s, {timed.seconds:.0f} of them waiting for rows"
-            + (f"; {world_size} workers)" if world_size > 1 else ")")
-            + (" *" if better else "")
-        )
+        news.tell(told(metrics, better=better))
         if rank == 0:
             job.run.publish(EVENTS.format(epoch), event_file(state["history"][-1]))
         report(learner, state, validation.gathered(), rank)
+
+
+def told(metrics: dict[str, Any], *, better: bool) -> str:
+    """Say in a line what became of an epoch; a star marks the best one so far."""
+    line = (
+        f"epoch {metrics['epoch']}: loss {metrics['loss']:.4f}, "
+        f"validation sample F1 {metrics['sample_f1']:.4f}, "
+        f"mAP {metrics['map']:.4f}, macro F1 {metrics['macro_f1']:.4f} "
+        f"({metrics['seconds']:.0f} s, {metrics['waited']:.0f} of them waiting for rows"
+    )
+    many = f"; {metrics['workers']} workers" if metrics["workers"] > 1 else ""
+    return f"{line}{many})" + (" *" if better else "")
 
 
 class Timed:
