@@ -20,13 +20,12 @@ from tempfile import TemporaryDirectory
 
 import click
 import numpy as np
+from measuring import KEPT
 from rich.console import Console
 from rich.table import Table
 
-from mmray.cli import WORKER_ENVIRONMENT
 from mmray.config import ModelConfig, TrainConfig
 
-KEPT = {name: value for name, value in WORKER_ENVIRONMENT.items() if name.startswith("MALLOC")}
 CASES = {
     "EfficientNet-B0, 224 px, batches of 64": ("infer", "efficientnet_b0", 224, 64),
     "EfficientNet-B4, 380 px, batches of 8": ("infer", "efficientnet_b4", 380, 8),

@@ -15,7 +15,8 @@ peak_bytes      of PSS, of all its processes together, Ray's daemons with them, 
 
 An engine whose rows are not those of the input, each once, has no result; nor has one that shares the decode
 and whose scores are not those of the loop within 1e-5. In its own idiom an engine sees other pixels, since
-it resizes otherwise: there only the rows are held.
+it resizes otherwise: there only the rows are held. "memory kept" is an engine with the variables by which
+mmray's own workers are started, so that what these give is not taken for the engine's.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import shutil
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ import click
 import numpy as np
 import pyarrow.dataset as pds
 import workloads
-from measuring import run_command
+from measuring import KEPT, run_command
 from rich.console import Console
 from rich.table import Table
 from workloads import Workload
@@ -54,6 +55,7 @@ class Engine(NamedTuple):
 
     script: Path
     options: tuple[str, ...] = ()
+    environ: Mapping[str, str] = {}
 
     @property
     def shares_decode(self) -> bool:
@@ -65,6 +67,7 @@ SCRIPTS = {"ray data": "ray_data.py", "daft": "daft_udf.py", "datasets": "hf_dat
 ENGINES = {
     "mmray": Engine(JOBS / "label.py", ("--no-gpu",)),
     "loop": Engine(HERE / "engines" / "loop.py"),
+    "loop, memory kept": Engine(HERE / "engines" / "loop.py", environ=KEPT),
     **{name: Engine(HERE / "engines" / script) for name, script in SCRIPTS.items()},
     "ray data, fused": Engine(HERE / "engines" / "ray_data.py", ("--fused",)),
     **{f"{name}, idiom": Engine(HERE / "engines" / script, ("--idiom",)) for name, script in SCRIPTS.items()},
@@ -94,6 +97,7 @@ def run_engine(
     # Daft's own processes look for what the engine imported, and find it only on the path.
     path = [HERE / "hooks", *([DAFT, engine.script.parent] if name.startswith("daft") else [])]
     environ = {"PEERS_TRACE": str(scratch / "trace"), "PYTHONPATH": os.pathsep.join(map(str, path))}
+    environ |= engine.environ
     options = {"input": workload.input, "model": workload.model, "output": scratch / "output"}
     given = [text for option, path in options.items() for text in (f"--{option}", str(path))]
     usage = run_command([sys.executable, str(engine.script), *given, *engine.options], environ, memory=memory)

@@ -20,7 +20,12 @@ from uuid import uuid4
 
 import click
 
+from mmray.cli import WORKER_ENVIRONMENT
+
 SAMPLES_PER_S = 2
+
+KEPT = {name: value for name, value in WORKER_ENVIRONMENT.items() if name.startswith("MALLOC")}
+"""By which glibc keeps memory, as mmray's workers are started."""
 
 
 class Usage(NamedTuple):
