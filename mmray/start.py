@@ -7,6 +7,7 @@ OUTPUT/_train/tokenizer/
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -84,6 +85,8 @@ def is_finished(output: Folder, recipe: dict[str, Any]) -> bool:
         if finished:
             raise OutputError(f"{output} holds a bundle of unknown origin; choose another --output")
         return False
+    for part, kind in (("model", ModelConfig), ("train", TrainConfig)):  # options that came later were off
+        known[part] = json.loads(json.dumps(asdict(kind()))) | known[part]
     if recipe["train"]["init"] is None:
         known["train"]["init"] = None
     if found := differences(known, recipe):
