@@ -26,8 +26,8 @@ from mmray.scoring import Scorer, score_shards, streaming
 
 
 @dataclass(frozen=True)
-class Rule:
-    """What turns labeled rows into counts: vocabulary, thresholds, and whether all scores are there."""
+class Grader:
+    """Turns labeled rows into counts: by vocabulary, thresholds, and whether all scores are there."""
 
     vocabulary: Vocabulary
     thresholds: np.ndarray
@@ -94,19 +94,19 @@ def evaluate_model(
     bundle, pool = Bundle.load(model_uri), Pool.on_cluster(compute)
     config = pool.settle(make(LabelConfig, asdict(scoring or ScoringConfig())))
     rows = Rows.find(data_uri, columns)
-    rule = Rule(bundle.vocabulary, bundle.thresholds, scored=True)
+    grader = Grader(bundle.vocabulary, bundle.thresholds, scored=True)
     work = Work([(file, list(file.units)) for file in rows.files], set(), [])
 
     def count(packed: pa.Table) -> Iterator[pa.Table]:
         for parcel in unpack(packed):
             if parcel.error or parcel.rows is None:
                 raise parcel.error or AssertionError("a parcel holds rows or an error")
-            yield _vector(rule.count(parcel.rows[output_name(columns.labels)], parcel.rows))
+            yield _vector(grader.count(parcel.rows[output_name(columns.labels)], parcel.rows))
 
     with streaming():
         scored = score_shards(rows.folder, work, Scorer(bundle, columns, config, pool, hidden=hidden))
         counts = scored.map_batches(count, batch_size=1, batch_format="pyarrow", **pool.tasks())
-        return rule.summary(_vectors(counts))
+        return grader.summary(_vectors(counts))
 
 
 def evaluate_predictions(
@@ -124,16 +124,16 @@ def evaluate_predictions(
         DataError: the rows are unusable, bear labels that the model does not know, or cannot be joined.
     """
     pairs = Pairs.find(data_uri, predictions_uri, columns or Columns())
-    rule = Rule(pairs.vocabulary, np.array(pairs.plan.settings["thresholds"]), pairs.scored)
+    grader = Grader(pairs.vocabulary, np.array(pairs.plan.settings["thresholds"]), pairs.scored)
     if not pairs.by_position:
-        return rule.summary([rule.count(*pairs.joined()).to_vector()])
+        return grader.summary([grader.count(*pairs.joined()).to_vector()])
 
     def count(row: dict[str, Any]) -> dict[str, Any]:
         pair = pairs.of_file(DataFile.from_json(row["item"]))
-        return {"counts": rule.count(*pair).to_vector().tobytes()}
+        return {"counts": grader.count(*pair).to_vector().tobytes()}
 
     files = ray.data.from_items([file.to_json() for file in pairs.files])
-    return rule.summary(_vectors(files.map(count, num_cpus=0.5)))
+    return grader.summary(_vectors(files.map(count, num_cpus=0.5)))
 
 
 def _vector(counts: Counts) -> pa.Table:
