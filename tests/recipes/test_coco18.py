@@ -1,4 +1,4 @@
-"""The recipe on the real data, from raw files to numbers: `make test-recipes`, an hour and a half of two cores."""
+"""The recipe on the real data, from raw files to numbers: `make test-recipes`, over an hour of two cores."""
 
 import json
 import subprocess
