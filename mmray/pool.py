@@ -14,6 +14,7 @@ DECODERS_A_GPU = 8
 """CPUs that a GPU has, its actor's own included, from which on a pool decodes."""
 
 DECODER_CPUS = 0.001
+"""That an actor asks for which decodes: see `Pool.decoders`."""
 
 
 class Pool(NamedTuple):
