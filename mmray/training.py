@@ -1,4 +1,4 @@
-"""Training: the TorchTrainer around `mmray.worker`, from two datasets to a bundle.
+"""Training: from two datasets to a bundle, by way of the stages before it.
 
 OUTPUT/             the bundle, when training is done
 OUTPUT/_train/      what it started from: see `mmray.start`
@@ -14,38 +14,27 @@ import json
 import logging
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import ray
-import ray.data
 import ray.train
 import safetensors.torch
-from ray.data import DataContext
-from ray.train.torch import TorchTrainer
 
 from mmray.bundle import Bundle, save_bundle
 from mmray.card import model_card
-from mmray.config import Columns, ComputeConfig, ModelConfig, TrainConfig, Workers
-from mmray.datasets import ExactValidation, Rows, decode_rows, examples
+from mmray.config import Columns, ComputeConfig, ModelConfig, TrainConfig
+from mmray.datasets import Rows
 from mmray.errors import DataError
-from mmray.images import Augmentation
+from mmray.fitting import TrainWorkers, fit
 from mmray.learner import PROGRESS
 from mmray.news import heard
 from mmray.recipes import is_recipe, read_stage
-from mmray.resources import Resources
 from mmray.start import RECIPE, RUN, Start, is_finished, prepare_start, recipe_of
 from mmray.storage import Folder
 from mmray.validation import VALIDATION, Validation
 from mmray.warm_start import check_stages, find_donors
-from mmray.worker import TrainJob, train_worker
-
-GROWTH_CHECK_S = 30
-"""Between two looks for workers of a group that may grow. Growing costs the epoch that is under way."""
-
-MANY_FAILURES = 20
-"""Losses of workers that a group outlives whose nodes come and go; others outlive two."""
+from mmray.worker import TrainJob
 
 log = logging.getLogger(__name__)
 
@@ -163,102 +152,6 @@ def try_building(start: Start, config: ModelConfig) -> tuple[dict[str, int], str
     """
     model = start.build(config)
     return model.num_bytes(), model.image.architecture if model.image else None
-
-
-@dataclass(frozen=True)
-class TrainWorkers:
-    """The workers that train: how many, and what each asks for."""
-
-    scaling: Workers
-    use_gpu: bool
-    num_cpus: float
-    task_cpus: float
-    """Of each task that reads and decodes for them."""
-
-    @classmethod
-    def on_cluster(cls, compute: ComputeConfig) -> TrainWorkers:
-        """Size the group for the cluster that is there.
-
-        Raises:
-            ConfigError: GPUs are asked for, and the cluster has none.
-        """
-        there = Resources.of_cluster()
-        use_gpu = there.use_gpu(compute)
-        scaling = Workers.parse(compute.num_workers or (there.gpus if use_gpu else 1))
-        # Decoding needs CPUs beside the workers, or both would wait for one another. Workers of a group that
-        # grows ask for more than half of a node, so that they come with new nodes, not beside the first ones.
-        sizes = [node.cpus for node in there.nodes.values() if node.cpus]
-        if scaling.minimum < scaling.maximum and scaling.minimum <= len(sizes) and not use_gpu:
-            return cls(scaling, use_gpu, 0.6 * min(sizes), min(1.0, 0.2 * min(sizes)))
-        return cls(scaling, use_gpu, min(1.0, (there.cpus - 1) / scaling.maximum), 1)
-
-
-def fit(
-    job: TrainJob, parts: list[Rows], val: Rows, output: Folder, workers: TrainWorkers
-) -> tuple[ray.train.Checkpoint, ray.train.Checkpoint]:
-    """Run Ray Train until the recipe is done; gives the best epoch's checkpoint, and the last one's."""
-    filesystem, path = (output / RUN).arrow()
-    low, high = workers.scaling.minimum, workers.scaling.maximum
-    stream, context = partial(decoded_rows, job=job, num_cpus=workers.task_cpus), DataContext.get_current()
-
-    def training_rows() -> ray.data.Dataset:
-        # Ray Train calls this, in a process of its own, whenever workers start: more epochs may be done then.
-        with DataContext.current(context):
-            return stream(parts, epochs_done=num_epochs_done(output))
-
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"job": job},
-        datasets={"train": training_rows, "val": stream([val])},
-        dataset_config=ExactValidation(),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=low if low == high else (low, high),
-            elastic_resize_monitor_interval_s=GROWTH_CHECK_S,
-            use_gpu=workers.use_gpu,
-            resources_per_worker={"CPU": workers.num_cpus} | ({"GPU": 1} if workers.use_gpu else {}),
-        ),
-        run_config=ray.train.RunConfig(
-            name="run",
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=ray.train.FailureConfig(2 if low == high else MANY_FAILURES),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute="sample_f1"
-            ),
-        ),
-    )
-    result = trainer.fit()
-    return result.get_best_checkpoint("sample_f1", "max"), result.checkpoint
-
-
-def decoded_rows(
-    parts: list[Rows], job: TrainJob, num_cpus: float, epochs_done: int | None = None
-) -> ray.data.Dataset:
-    """Stream decoded rows, as `decode_rows` gives them.
-
-    Args:
-        parts: rows that are shuffled together.
-        job: whose labels and sizes they get.
-        num_cpus: that each task asks for.
-        epochs_done: by now, which decides on order and augmentation; None gives neither.
-    """
-    config, seed, augmentation = job.train, None, None
-    if epochs_done is not None:
-        seed = (config.seed, epochs_done)
-        augmentation = Augmentation(config.crop, config.colour, config.rand_augment)
-    return examples(parts, job.start.vocabulary, seed, num_cpus=num_cpus).map_batches(
-        decode_rows,
-        fn_args=(job.model, augmentation),
-        batch_size=128,
-        batch_format="pyarrow",
-        num_cpus=num_cpus,
-    )
-
-
-def num_epochs_done(output: Folder) -> int:
-    """Give the epochs that checkpoints hold: who goes on from one must not repeat the first ones' order."""
-    run = output / f"{RUN}/run"
-    return max((run.read_json(path)["epoch"] for path in run.list(f"/{PROGRESS}")), default=0)
 
 
 def save_best(

@@ -57,50 +57,62 @@ def train_worker(config: dict[str, Any]) -> None:
     # Asked here, since the next start may be on other nodes, with more or fewer workers.
     torch.set_num_threads(Resources.of_cluster().threads(node_id, context.get_local_world_size()))
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    batch_size = min(job.train.batch_size_per_worker, job.num_rows // world_size)
-    num_steps = job.num_rows // world_size // batch_size
+    num_steps = job.num_rows // world_size // batch_size_of(job, world_size)
     learner = make_learner(job, num_steps, world_size)
     state: dict[str, Any] = {"epoch": 0, "stale": 0, "best": -1.0, "history": []}
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             state = learner.load(Path(folder))
         learner.num_steps = state["epoch"] * num_steps  # the checkpoint may be of another number of workers
-    train, val = ray.train.get_dataset_shard("train"), ray.train.get_dataset_shard("val")
-    collate = Collate(tokenizer_of(job.start.tokenizer_files), job.model.max_tokens)
-    stream = {
-        "batch_size": batch_size,
-        "collate_fn": collate,
-        "device": "cpu",
-    }  # inputs_of() copies to the GPU
-    news = News(job.news if rank == 0 else None)
+    epochs = Epochs(job, learner, num_steps, rank, world_size)
     while state["epoch"] < job.train.epochs and state["stale"] < job.train.patience:
-        epoch = state["epoch"] + 1
-        batches = train.iter_torch_batches(
-            **stream,
-            drop_last=True,
-            local_shuffle_buffer_size=shuffle_buffer_rows(job.model.image_size, batch_size),
-            local_shuffle_seed=job.train.seed + epoch,
-        )
-        torch.manual_seed(job.train.seed + 1_000_003 * epoch + rank)
-        started = time.monotonic()
-        timed = Timed(batches)
-        loss = train_epoch(learner, news.about(timed, epoch, num_steps), collate.tokenizer)
-        validation = Validation.of(learner, val.iter_torch_batches(**stream), len(job.start.vocabulary))
-        metrics = validation.measure(job.start.vocabulary, learner.device)
-        metrics |= {"epoch": epoch, "loss": loss, "seconds": time.monotonic() - started}
-        metrics |= {"waited": timed.seconds, "workers": world_size}
+        metrics, validation = epochs.run(state["epoch"] + 1)
         better = metrics["sample_f1"] > state["best"]
         state = {
-            "epoch": epoch,
+            "epoch": metrics["epoch"],
             "stale": 0 if better else state["stale"] + 1,
             "best": max(state["best"], metrics["sample_f1"]),
             "metrics": metrics,
             "history": [*state["history"], {name: metrics[name] for name in HISTORY}],
         }
-        news.tell(told(metrics, better=better))
+        epochs.news.tell(told(metrics, better=better))
         if rank == 0:
-            job.run.publish(EVENTS.format(epoch), event_file(state["history"][-1]))
+            job.run.publish(EVENTS.format(metrics["epoch"]), event_file(state["history"][-1]))
         report(learner, state, validation.gathered(), rank)
+
+
+class Epochs:
+    """Passes of one worker over its shares of the rows, which Ray Train hands it."""
+
+    def __init__(self, job: TrainJob, learner: Learner, num_steps: int, rank: int, world_size: int) -> None:
+        """Take what learns, and its place among the workers."""
+        self.job, self.learner, self.num_steps = job, learner, num_steps
+        self.rank, self.world_size = rank, world_size
+        self.news = News(job.news if rank == 0 else None)
+        self.train, self.val = ray.train.get_dataset_shard("train"), ray.train.get_dataset_shard("val")
+        self.collate = Collate(tokenizer_of(job.start.tokenizer_files), job.model.max_tokens)
+
+    def run(self, epoch: int) -> tuple[dict[str, Any], Validation]:
+        """Train for an epoch and validate; gives its metrics, and what was made of the validation rows."""
+        job, learner = self.job, self.learner
+        batch_size = batch_size_of(job, self.world_size)
+        stream: dict[str, Any] = {"batch_size": batch_size, "collate_fn": self.collate}
+        stream["device"] = "cpu"  # inputs_of() copies to the GPU
+        batches = Timed(
+            self.train.iter_torch_batches(
+                **stream,
+                drop_last=True,
+                local_shuffle_buffer_size=shuffle_buffer_rows(job.model.image_size, batch_size),
+                local_shuffle_seed=job.train.seed + epoch,
+            )
+        )
+        torch.manual_seed(job.train.seed + 1_000_003 * epoch + self.rank)
+        started = time.monotonic()
+        loss = train_epoch(learner, self.news.about(batches, epoch, self.num_steps), self.collate.tokenizer)
+        validation = Validation.of(learner, self.val.iter_torch_batches(**stream), len(job.start.vocabulary))
+        metrics = validation.measure(job.start.vocabulary, learner.device)
+        metrics |= {"epoch": epoch, "loss": loss, "seconds": time.monotonic() - started}
+        return metrics | {"waited": batches.seconds, "workers": self.world_size}, validation
 
 
 def told(metrics: dict[str, Any], *, better: bool) -> str:
@@ -129,6 +141,11 @@ class Timed:
             self.seconds += time.monotonic() - asked
             yield batch
             asked = time.monotonic()
+
+
+def batch_size_of(job: TrainJob, world_size: int) -> int:
+    """Give the rows in one step of one worker; no more than there are for each."""
+    return min(job.train.batch_size_per_worker, job.num_rows // world_size)
 
 
 def make_learner(job: TrainJob, steps_per_epoch: int, world_size: int) -> Learner:

@@ -4,9 +4,9 @@ import pytest
 
 from mmray.config import ComputeConfig, LabelConfig
 from mmray.errors import ClusterError
+from mmray.fitting import TrainWorkers
 from mmray.pool import Pool
 from mmray.resources import Node, Resources
-from mmray.training import TrainWorkers
 
 LAPTOP = Resources({"one": Node(2)})
 ONE_LARGE = Resources({"one": Node(64)})

@@ -19,10 +19,11 @@ from mmray.config import Columns, ComputeConfig, ModelConfig, TrainConfig
 from mmray.datasets import Rows, count_labels
 from mmray.demo import draw_scene
 from mmray.errors import ConfigError, DataError, OutputError
+from mmray.fitting import decoded_rows
 from mmray.learner import PROGRESS
 from mmray.start import Start
 from mmray.storage import Folder
-from mmray.training import decoded_rows, train_model
+from mmray.training import train_model
 from mmray.worker import TrainJob
 
 JOBS = Path(__file__).parents[2] / "jobs"

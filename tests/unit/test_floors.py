@@ -68,6 +68,7 @@ FLOORS = [
         "start",
         "news",
         "worker",
+        "fitting",
         "training",
         "watching",
         "pool",
