@@ -25,13 +25,16 @@ from mmray.errors import OutputError
 from mmray.labeling import label_dataset
 from mmray.pseudo import select
 from mmray.storage import Folder
-from mmray.training import train_model, train_stages
+from mmray.training import TrainingResult, train_model, train_stages
 from mmray.warm_start import check_stages
 
 log = logging.getLogger(__name__)
 
 ROUNDS = "_rounds"
 REPORT = f"{ROUNDS}/report.json"
+
+EVERYTHING = LabelConfig(max_failed_fraction=1)
+"""Rows that fail teach nothing, and end nothing."""
 
 
 @dataclass(frozen=True)
@@ -89,27 +92,24 @@ def self_train(
     check_stages(model, train)
     # Once for all rounds: teacher and students start from the same stages.
     train = train_stages(data_uri, val_uri, output_uri, train, columns, compute, progress=progress)
-    settings: tuple[Any, ...] = (model, train, columns, compute)
 
     def bundle_of(number: int) -> str:
         return f"{output}/{ROUNDS}/{number}/bundle"
 
-    teacher = train_model(data_uri, val_uri, bundle_of(0), *settings, progress=progress)
+    def train_round(number: int, pseudo: Rows | None = None) -> TrainingResult:
+        settings = (model, train, columns, compute)
+        return train_model(data_uri, val_uri, bundle_of(number), *settings, pseudo=pseudo, progress=progress)
+
+    teacher = train_round(0)
     rounds: list[dict[str, Any]] = [{"metrics": teacher.metrics}]
     for number in range(1, config.rounds + 1):
         folder = output / f"{ROUNDS}/{number}"
         log.info("round %d of %d: the teacher labels %d rows", number, config.rounds, unlabeled.num_rows)
-        everything = LabelConfig(max_failed_fraction=1)
-        label_dataset(
-            *(unlabeled_uri, bundle_of(number - 1), f"{folder}/labels", columns, everything, compute),
-            progress=progress,
-        )
+        said = (unlabeled_uri, bundle_of(number - 1), f"{folder}/labels", columns, EVERYTHING, compute)
+        label_dataset(*said, progress=progress)
         pseudo, report = select(unlabeled, labeled, folder, teacher.bundle.vocabulary, config)
-        student = train_model(
-            data_uri, val_uri, bundle_of(number), *settings, pseudo=pseudo, progress=progress
-        )
-        rounds.append({"metrics": student.metrics, "selection": report})
-        teacher = student
+        teacher = train_round(number, pseudo)
+        rounds.append({"metrics": teacher.metrics, "selection": report})
     best = max(range(len(rounds)), key=lambda number: rounds[number]["metrics"]["sample_f1"])
     output.publish_json(REPORT, {"best": best, "rounds": rounds})
     publish_best(Folder(bundle_of(best)), output)
