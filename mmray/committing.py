@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -70,9 +70,7 @@ def _commit(committer: Committer, parcel: Parcel) -> dict[str, Any]:
         return outcome | {"error": errors.to_json(error)}
 
 
-# Half a CPU, not less: each task at a time is a worker to be started, which takes two seconds of a CPU.
-@ray.remote(num_cpus=0.5)
-def describe(committer: Committer, files_json: list[str]) -> tuple[list[FileRecord], str | None]:
+def describe(committer: Committer, files_json: Sequence[str]) -> tuple[list[FileRecord], str | None]:
     """Read back files that an earlier run completed; gives their records, or an error as JSON."""
     try:
         return [committer.describe(DataFile.from_json(file)) for file in files_json], None

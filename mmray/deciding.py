@@ -25,12 +25,11 @@ from mmray.labeling import LabelingResult, label_planned
 from mmray.lease import Lease
 from mmray.parcels import Parcel
 from mmray.parquet import DataFile
-from mmray.plan import Plan, Shard, Work, find_work, shards_of
+from mmray.plan import Plan, Shard, Work, shards_of
 from mmray.planning import find_plan, refuse_inside
 from mmray.pool import Pool
 from mmray.retry import Earlier, read_shards
 from mmray.schema import Vocabulary, score_matrix
-from mmray.shards import finished_manifest
 from mmray.storage import Folder
 
 UNITS_PER_TASK = 32
@@ -97,16 +96,8 @@ def decide_again(
     with Lease(output) as lease:
         plan = find_plan(output) or Plan((), settings).append(output, before.files, before.skipped)
         plan.refuse_other(settings, output)
-        work = find_work(output, plan)
-        num_resumed = plan.num_shards - work.num_pending
-        manifest = None if work else finished_manifest(output, plan)
-        if not manifest:
-            score = partial(decide_shards, earlier, rule=rule, pool=pool)
-            manifest = label_planned(output, plan, work, score, pool, lease, progress=progress)
-    return LabelingResult(
-        *(plan.num_rows, manifest["counts"], len(plan.files), plan.num_shards, num_resumed),
-        time.monotonic() - started,
-    )
+        score = partial(decide_shards, earlier, rule=rule, pool=pool)
+        return label_planned(output, plan, score, pool, lease, started, progress=progress)
 
 
 def decide_shards(earlier: Earlier, work: Work, rule: Rule, pool: Pool) -> ray.data.Dataset:

@@ -7,14 +7,13 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from typing import Any
 
-import ray
 import ray.data
 
 from mmray import errors
@@ -28,9 +27,10 @@ from mmray.plan import Plan, Work, find_work
 from mmray.planning import plan_labeling, refuse_inside
 from mmray.pool import Pool
 from mmray.progress import Progress
+from mmray.resources import spread
 from mmray.retry import Earlier
 from mmray.scoring import Scorer, score_shards, streaming
-from mmray.shards import Committer, Records, count_rows, finish, finished_manifest
+from mmray.shards import Committer, FileRecord, Records, count_rows, finish, finished_manifest
 from mmray.storage import Folder
 
 log = logging.getLogger(__name__)
@@ -40,9 +40,6 @@ GRACE_S = 10.0
 
 ONE_NOTICE_S = 2.0
 """Schedulers may tell a job and all that stands around it, which tells the job again: one notice, not two."""
-
-TASKS_PER_CPU = 8
-"""In which files are read back: a task for each of many small files would take longer than the files."""
 
 
 @dataclass(frozen=True)
@@ -114,77 +111,86 @@ def label_dataset(
             extend=extend,
             dry_run=dry_run,
         )
-        work = find_work(output, plan)
-        num_resumed = plan.num_shards - work.num_pending
-        manifest = None if work else finished_manifest(output, plan)
-        if lease and not manifest:
-            if num_resumed:
-                log.info("resuming: %d of %d shards are committed", num_resumed, plan.num_shards)
-            score, budget = partial(score_shards, folder, scorer=scorer), config.max_failed_fraction
-            manifest = label_planned(output, plan, work, score, pool, lease, budget, progress=progress)
-    counts = manifest["counts"] if manifest else {}
-    seconds = time.monotonic() - started
-    return LabelingResult(plan.num_rows, counts, len(plan.files), plan.num_shards, num_resumed, seconds)
+        score, budget = partial(score_shards, folder, scorer=scorer), config.max_failed_fraction
+        return label_planned(output, plan, score, pool, lease, started, budget, progress=progress)
 
 
 def label_planned(
     output: Folder,
     plan: Plan,
-    work: Work,
     score: Callable[[Work], ray.data.Dataset],
     pool: Pool,
-    lease: Lease,
+    lease: Lease | None,
+    started: float,
     max_failed_fraction: float = 1.0,
     *,
     progress: bool,
-) -> dict[str, Any]:
-    """Label what a plan still lacks, and finish the output.
-
-    Shards that the first pass leaves, since storage failed or all their workers died, go through another.
+) -> LabelingResult:
+    """Label what a plan still lacks, and finish the output; done before, nothing is.
 
     Args:
         output: of the job.
         plan: of the output.
-        work: what it lacks.
         score: gives the labeled parcels of some work.
         pool: how many tasks commit at a time.
-        lease: on the output.
+        lease: on the output; without, nothing is labeled.
+        started: when the job was, on the monotonic clock.
         max_failed_fraction: of the planned rows; more than this end the job.
         progress: show how the run goes, on stderr.
-
-    Returns:
-        The manifest.
 
     Raises:
         BudgetError: too many rows have failed.
         OutputError: another job has taken the output over, or a file in it is not this job's.
     """
-    committer, records = Committer(output, plan.fingerprint), Records(output)
-    records.forget(work.paths)
-    tally = Tally(plan, committer, records, max_failed_fraction)
-    with ending_gently(), _shown(work.num_rows, progress) as line:
-        for last in (False, True):
-            if not work:
-                break
-            if last:
-                log.warning("%d shards are left; trying them again", work.num_pending)
-            with (
-                streaming(tolerant=not last),
-                closing(commit_shards(score(work), committer, pool)) as outcomes,
-            ):
-                tally.run(outcomes if work.pending else (), work, lease, line)
-            # Where every record is there, a listing would only say so again, page after page.
-            work = Work([], set(), []) if work.paths <= records.found.keys() else find_work(output, plan)
+    work = find_work(output, plan)
+    num_resumed = plan.num_shards - work.num_pending
+    manifest = None if work else finished_manifest(output, plan)
+    if lease and not manifest:
+        if num_resumed:
+            log.info("resuming: %d of %d shards are committed", num_resumed, plan.num_shards)
+        committer, records = Committer(output, plan.fingerprint), Records(output)
+        records.forget(work.paths)
+        tally = Tally(plan, committer, records, max_failed_fraction)
+        with ending_gently(), _shown(work.num_rows, progress) as line:
+            _run_passes(work, tally, lambda work: commit_shards(score(work), committer, pool), lease, line)
+        read_back(committer, plan, records)
+        finished = [records.found[file.path] for file in plan.files]
+        tally.check_budget(count_rows(finished))
+        lease.check()
+        manifest = finish(output, plan, finished, versions())
+    counts = manifest["counts"] if manifest else {}
+    seconds = time.monotonic() - started
+    return LabelingResult(plan.num_rows, counts, len(plan.files), plan.num_shards, num_resumed, seconds)
+
+
+def _run_passes(
+    work: Work,
+    tally: Tally,
+    commit: Callable[[Work], Generator[dict[str, Any]]],
+    lease: Lease,
+    line: Progress | None,
+) -> None:
+    """Do some work, and once more what the first pass leaves, since storage failed or all workers died.
+
+    Raises:
+        BudgetError, OutputError: as `Tally.run` does.
+        StorageError: shards are left after the second pass.
+    """
+    output, records = tally.records.output, tally.records
+    for last in (False, True):
+        if not work:
+            return
+        if last:
+            log.warning("%d shards are left; trying them again", work.num_pending)
+        with streaming(tolerant=not last), closing(commit(work)) as outcomes:
+            tally.run(outcomes if work.pending else (), work, lease, line)
+        # Where every record is there, a listing would only say so again, page after page.
+        work = Work([], set(), []) if work.paths <= records.found.keys() else find_work(output, tally.plan)
     if work:
         lost = StorageError(
             f"{work.num_pending} shards were lost with their workers; the same command resumes"
         )
         raise tally.errors[0] if tally.errors else lost
-    read_back(committer, plan, records)
-    finished = [records.found[file.path] for file in plan.files]
-    tally.check_budget(count_rows(finished))
-    lease.check()
-    return finish(output, plan, finished, versions())
 
 
 def read_back(committer: Committer, plan: Plan, records: Records) -> None:
@@ -193,11 +199,12 @@ def read_back(committer: Committer, plan: Plan, records: Records) -> None:
     Raises:
         OutputError: a file is not of this job.
     """
+
+    def described(files_json: Sequence[str]) -> tuple[list[FileRecord], str | None]:
+        return describe(committer, files_json)
+
     missing = [file.to_json() for file in plan.files if file.path not in records.found]
-    num_tasks = min(len(missing), TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 0))))
-    tasks = [describe.remote(committer, missing[task::num_tasks]) for task in range(num_tasks)]
-    for task in tasks:
-        found, error = ray.get(task)
+    for found, error in spread(described, missing):
         if error:
             raise errors.from_json(error)
         for record in found:

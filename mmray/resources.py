@@ -88,5 +88,6 @@ class Resources(NamedTuple):
 def spread(work: Callable[[Sequence[str]], Result], paths: Sequence[str]) -> list[Result]:
     """Do some work on files in a few tasks, each with its share of them; gives what they return."""
     num_tasks = min(len(paths), TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 0))))
+    # Half a CPU, not less: each task at a time is a worker to be started, which takes two seconds of a CPU.
     task = ray.remote(num_cpus=0.5)(work)
     return list(ray.get([task.remote(paths[share::num_tasks]) for share in range(num_tasks)]))
