@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from mmray.errors import ConfigError, find_error, redact
+from mmray.errors import ConfigError, RedactingFormatter, find_error, redact
 from mmray.recipes import read_recipe
 
 EXIT_BAD_RESULT = 1
@@ -170,13 +170,6 @@ def _leave(message: str, status: int) -> None:
     sys.exit(status)
 
 
-class _RedactingFormatter(logging.Formatter):
-    """Writes records without credentials, tracebacks included."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
-
-
 def is_verbose() -> bool:
     """Tell whether the job was told to be verbose."""
     context = click.get_current_context(silent=True)
@@ -187,7 +180,7 @@ def set_up_logging() -> None:
     """Write this package's log to stderr, without credentials; all of it if the job is to be verbose."""
     # Never DEBUG for all: botocore would log the requests that it signs, session tokens and all.
     handler = logging.StreamHandler()
-    handler.setFormatter(_RedactingFormatter("%(name)s: %(message)s"))
+    handler.setFormatter(RedactingFormatter("%(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("mmray").setLevel(logging.DEBUG if is_verbose() else logging.INFO)
 

@@ -15,6 +15,7 @@ A job ends with the `exit_status` of the error that reached its edge (see `mmray
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from typing import Any
@@ -94,6 +95,14 @@ def redact(text: str) -> str:
         for part in filter(None, (value, urlsplit(value).netloc)):
             text = text.replace(part, f"<{name}>")
     return _USER.sub("", _KEY_ID.sub("<redacted>", _SIGNED.sub(r"\1\2<redacted>", text)))
+
+
+class RedactingFormatter(logging.Formatter):
+    """Writes log records without credentials, tracebacks included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Lay a record out."""
+        return redact(super().format(record))
 
 
 def find_error(error: BaseException) -> MmrayError | None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from ray.util import metrics
 
+from mmray.errors import RedactingFormatter
 from mmray.plan import Shard
 
 if TYPE_CHECKING:
@@ -34,10 +35,12 @@ TINY = 1e-9
 
 
 def set_up_log() -> None:
-    """Let a worker's stderr, which is its log, have what mmray tells there."""
+    """Let a worker's stderr, which is its log, have what mmray tells there, without credentials."""
     ours = logging.getLogger("mmray")
     if not ours.handlers:
-        ours.addHandler(logging.StreamHandler())
+        handler = logging.StreamHandler()
+        handler.setFormatter(RedactingFormatter())
+        ours.addHandler(handler)
         ours.setLevel(logging.INFO)
         ours.propagate = False
 
