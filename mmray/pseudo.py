@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import ray.data
 
 from mmray.config import SelfTrainConfig
-from mmray.datasets import Rows, count_labels
+from mmray.datasets import Rows
 from mmray.errors import OutputError
 from mmray.fingerprints import differences, fingerprint
 from mmray.metrics import histogram
@@ -27,9 +27,16 @@ SELECTED = "selection.json"
 
 
 def select(
-    unlabeled: Rows, labeled: Rows, folder: Folder, vocabulary: Vocabulary, config: SelfTrainConfig
+    unlabeled: Rows, folder: Folder, vocabulary: Vocabulary, shares: np.ndarray, config: SelfTrainConfig
 ) -> tuple[Rows, dict[str, Any]]:
     """Select rows and labels of a round from what its teacher said, unless that is done.
+
+    Args:
+        unlabeled: the rows that the teacher labeled.
+        folder: of the round.
+        vocabulary: the L labels.
+        shares: float64 (L,), of the labeled rows that bear each label.
+        config: how to select.
 
     Returns:
         The selected rows, and what is known of them; see `report_of`.
@@ -42,7 +49,7 @@ def select(
     settings = asdict(config) | {"rounds": None, "labels": manifest["fingerprint"]}
     record = target.read_json(SELECTED)
     if record is None:
-        cutoffs = _cutoffs(unlabeled, labels, labeled, vocabulary, config)
+        cutoffs = _cutoffs(unlabeled, labels, shares, config)
         files = list(_select_files(unlabeled, labels, target, vocabulary, cutoffs, config))
         record = {"settings": settings, "files": {file["path"]: file["num_rows"] for file in files}}
         record["report"] = report_of(files, unlabeled.num_rows, vocabulary)
@@ -55,23 +62,20 @@ def select(
     return Rows(unlabeled.folder, chosen, unlabeled.columns, selection), record["report"]
 
 
-def _cutoffs(
-    unlabeled: Rows, labels: Folder, labeled: Rows, vocabulary: Vocabulary, config: SelfTrainConfig
-) -> Cutoffs:
+def _cutoffs(unlabeled: Rows, labels: Folder, shares: np.ndarray, config: SelfTrainConfig) -> Cutoffs:
+    num_labels = len(shares)
     if config.select == "confidence":
-        return Cutoffs.by_confidence(config.confidence, len(vocabulary))
+        return Cutoffs.by_confidence(config.confidence, num_labels)
 
     def count(row: dict[str, Any]) -> dict[str, Any]:
-        scores, valid = _scores(labels, row["path"], len(vocabulary))
+        scores, valid = _scores(labels, row["path"], num_labels)
         scores = scores[valid]
         return {"counts": histogram(scores, np.zeros(scores.shape, bool))[0].astype(np.int64).tobytes()}
 
     total: Any = 0
     for row in ray.data.from_items([{"path": file.path} for file in unlabeled.files]).map(count).iter_rows():
-        total = total + np.frombuffer(row["counts"], np.int64).reshape(len(vocabulary), -1)
-    known, positives = count_labels(labeled)
-    assert known == vocabulary
-    return Cutoffs.by_frequency(total.astype(np.float64), positives / labeled.num_rows, config.keep)
+        total = total + np.frombuffer(row["counts"], np.int64).reshape(num_labels, -1)
+    return Cutoffs.by_frequency(total.astype(np.float64), shares, config.keep)
 
 
 def _select_files(

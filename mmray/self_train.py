@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from mmray.bundle import Bundle
@@ -87,7 +88,6 @@ def self_train(
     started, output = time.monotonic(), Folder(output_uri)
     if output.read_json("config.json") is not None and output.read_json(REPORT) is None:
         raise OutputError(f"{output} holds a bundle of unknown origin; choose another --output")
-    labeled = Rows.find(data_uri, columns)
     unlabeled = Rows.find(unlabeled_uri, columns, needs=("image", "caption"))
     check_stages(model, train)
     # Once for all rounds: teacher and students start from the same stages.
@@ -101,13 +101,16 @@ def self_train(
         return train_model(data_uri, val_uri, bundle_of(number), *settings, pseudo=pseudo, progress=progress)
 
     teacher = train_round(0)
+    training, vocabulary = teacher.metrics["training"], teacher.bundle.vocabulary
+    positives = [training["by_label"][str(label)] for label in vocabulary.labels]
+    shares = np.array(positives) / training["num_labeled"]
     rounds: list[dict[str, Any]] = [{"metrics": teacher.metrics}]
     for number in range(1, config.rounds + 1):
         folder = output / f"{ROUNDS}/{number}"
         log.info("round %d of %d: the teacher labels %d rows", number, config.rounds, unlabeled.num_rows)
         said = (unlabeled_uri, bundle_of(number - 1), f"{folder}/labels", columns, EVERYTHING, compute)
         label_dataset(*said, progress=progress)
-        pseudo, report = select(unlabeled, labeled, folder, teacher.bundle.vocabulary, config)
+        pseudo, report = select(unlabeled, folder, vocabulary, shares, config)
         teacher = train_round(number, pseudo)
         rounds.append({"metrics": teacher.metrics, "selection": report})
     best = max(range(len(rounds)), key=lambda number: rounds[number]["metrics"]["sample_f1"])

@@ -9,7 +9,7 @@ import pytest
 
 from mmray.bundle import Bundle
 from mmray.config import Columns, ComputeConfig, ModelConfig, SelfTrainConfig, TrainConfig
-from mmray.datasets import Rows, examples
+from mmray.datasets import Rows, count_labels, examples
 from mmray.errors import OutputError
 from mmray.evaluate import evaluate_model
 from mmray.labeler import Labeler
@@ -110,7 +110,9 @@ def test_the_report_counts_what_joined_and_how_right_it_is(result, places):
 def test_the_student_sees_labeled_rows_and_the_selected_ones_as_they_were_selected(result, places):
     columns, vocabulary = Columns(), result.bundle.vocabulary
     labeled, unlabeled = (Rows.find(place, columns, needs=("image", "caption")) for place in places[:2])
-    pseudo, _ = select(unlabeled, labeled, Folder(places[3]) / "_rounds/1", vocabulary, CONFIG)
+    _, positives = count_labels(labeled)
+    shares = positives / labeled.num_rows
+    pseudo, _ = select(unlabeled, Folder(places[3]) / "_rounds/1", vocabulary, shares, CONFIG)
     assert pseudo.num_rows == result.rounds[1]["selection"]["num_selected"]
     read = list(examples([labeled, pseudo], vocabulary, seed=(3,)).iter_rows())
     seen = {(row["image"], row["caption"]): (list(row["targets"]), list(row["mask"])) for row in read}
