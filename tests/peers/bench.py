@@ -13,22 +13,24 @@ cpu_s_per_1000_rows  of all its processes.
 peak_bytes      of PSS, of all its processes together, Ray's daemons with them, sampled twice a second: in a
                 turn of its own before the others, which sampling would slow down.
 
-An engine whose rows are not those of the input, each once, has no result; nor has one that shares the decode
-and whose scores are not those of the loop within 1e-5. In its own idiom an engine sees other pixels, since
-it resizes otherwise: there only the rows are held. "memory kept" is an engine with the variables by which
-mmray's own workers are started, so that what these give is not taken for the engine's.
+A turn in which an engine's rows are not those of the input, each once, counts as failed; so does one of an
+engine that shares the decode and whose scores are not those of the loop within 1e-5. In its own idiom an
+engine sees other pixels, since it resizes otherwise: there only the rows are held. "memory kept" is an engine
+with the variables by which mmray's own workers are started, so that what these give is not taken for the
+engine's.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import random
 import shutil
 import statistics
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
@@ -135,8 +137,9 @@ def ids(workload: Workload) -> set[str]:
 
 
 def measure(workload: Workload, names: list[str], repeats: int, scratch: Path) -> Iterator[dict[str, Any]]:
-    """Run engines in turns; give a result for each that passed the gate, and none for the others."""
+    """Run engines in turns; give a result for each that ever passed the gate, with the turns it failed."""
     runs: dict[str, list[Run]] = {name: [] for name in names}
+    failures: Counter[str] = Counter()
     expected: dict[str, np.ndarray] = {}
     peaks: dict[str, float] = {}
     for turn in range(1 + repeats):
@@ -153,17 +156,20 @@ def measure(workload: Workload, names: list[str], repeats: int, scratch: Path) -
                 if ENGINES[name].shares_decode and apart > SAME_SCORES:
                     raise click.ClickException(f"{name}: scores are {apart:.1e} apart")
             except click.ClickException as error:
-                click.echo(f"{error.message}: no result", err=True)
-                del runs[name]
+                click.echo(f"{error.message}: no result of this turn", err=True)
+                failures[name] += 1
             else:
                 if turn == 0:
                     peaks[name] = run.peak_bytes
                 else:
-                    runs[name].append(run._replace(peak_bytes=peaks[name]))
+                    runs[name].append(run._replace(peak_bytes=peaks.get(name, math.nan)))
     for name, taken in runs.items():
+        if not taken:
+            continue
         medians = {field: statistics.median(column) for field, column in columns(taken)}
         ranges = {field: [min(column), max(column)] for field, column in columns(taken)}
-        yield {"workload": workload.name, "engine": name, **medians, "ranges": ranges}
+        told = {"workload": workload.name, "engine": name, "failed_turns": failures[name]}
+        yield {**told, **medians, "ranges": ranges}
 
 
 def columns(runs: list[Run]) -> Iterator[tuple[str, tuple[float, ...]]]:
@@ -184,7 +190,7 @@ def forecast(workload: Workload, scratch: Path) -> dict[str, Any]:
 def as_table(title: str, results: list[dict[str, Any]]) -> Table:
     """Lay results out for people: medians, and ranges of the speed."""
     table = Table(title=title)
-    for name in ("engine", "rows/s", "lowest-highest", "wall s", "CPU s/1,000 rows", "peak MB"):
+    for name in ("engine", "rows/s", "lowest-highest", "wall s", "CPU s/1,000 rows", "peak MB", "failed"):
         table.add_column(name, justify="left" if name == "engine" else "right")
     for result in sorted(results, key=lambda result: -result["rows_per_s"]):
         low, high = result["ranges"]["rows_per_s"]
@@ -195,6 +201,7 @@ def as_table(title: str, results: list[dict[str, Any]]) -> Table:
             f"{result['wall_s']:.1f}",
             f"{result['cpu_s_per_1000_rows']:.2f}",
             f"{result['peak_bytes'] / 1e6:,.0f}",
+            str(result["failed_turns"] or ""),
         )
     return table
 
