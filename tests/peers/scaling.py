@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import resource
 import shutil
 import socket
 import sys
@@ -35,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "s3"))
 
 from conftest import moto, proxied
 
+from mmray.parquet import describe_files, find_files
 from mmray.schema import CANONICAL_SCHEMA
 from mmray.storage import Folder
 
@@ -93,6 +95,7 @@ def main(num_files: int, file_rows: int, latency_s: float | None, folder: str) -
     shutil.rmtree(state / "output", ignore_errors=True)
     load, counts = os.getloadavg()[0], Counter[str]()
     if latency_s is None:
+        click.echo(f"footers alone: {footers(state / 'input')}")
         began = time.time()
         usage = run_command(command(str(state)))
         plan, *_ = (state / "output" / "_mmray" / "plan").iterdir()
@@ -117,6 +120,16 @@ def main(num_files: int, file_rows: int, latency_s: float | None, folder: str) -
         click.echo(f"{name}: {size / 1e6:.2f} MB")
     for kind, count in sorted(counts.items()):
         click.echo(f"{count:8,} {kind}")
+
+
+def footers(rows: Path) -> str:
+    """Say what it takes to read the footers of some files in this process, and to hold what they tell."""
+    folder, files = find_files(str(rows))
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    described = describe_files(folder, files, "image", None)
+    seconds, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    kilobytes = 1.024 * (after - before) / len(described)
+    return f"{1e3 * seconds / len(described):.2f} ms and {kilobytes:.1f} kB of memory each"
 
 
 def command(base: str) -> list[str]:
