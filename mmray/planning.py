@@ -54,12 +54,14 @@ def plan_labeling(
     """
     settings = labeling_settings(bundle, columns, config)
     if earlier:
+        _refuse_decided(earlier[1], earlier[0])
         require_same_settings(*earlier, settings)
         settings["retry_of"] = earlier[0].manifest_sha256
     plan = find_plan(output)
     if plan is None:
         plan, added = Plan((), settings), files
     else:
+        _refuse_decided(plan, output)
         plan.refuse_other(settings, output)
         added = plan.compare_input(files)
         if added and not extend:
@@ -114,6 +116,14 @@ def refuse_inside(output: Folder, source: Folder) -> None:
     """
     if f"{output}/".startswith(f"{source}/"):
         raise OutputError(f"{output} lies in the input {source}: the next run would label its own labels")
+
+
+def _refuse_decided(plan: Plan, output: object) -> None:
+    """Refuse an output whose labels are no model's: decide.py made them of another output's scores."""
+    if "decided_from" in plan.settings:
+        raise OutputError(
+            f"{output} comes from decide.py; extend or retry the output that it was made of, and decide again"
+        )
 
 
 def _require_usable(schema: pa.Schema, columns: Columns, where: str) -> dict[str, str]:

@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
+from mmray.deciding import decide_again
+
 pytestmark = pytest.mark.usefixtures("cluster")
 
 REPOSITORY = Path(__file__).parents[2]
@@ -62,6 +64,7 @@ def place(draw_rows, make_bundle, labeled, archive, bundle_uri, tmp_path_factory
     (folder / "photos.csv").write_text("file,label\na.jpg,dog\n")
     (folder / "recipe.yaml").write_text("epoch: 3\n")
     shutil.copytree(labeled, folder / "labeled")
+    decide_again(str(labeled), str(folder / "decided"), 0.5)
     shutil.copytree(archive.folder, folder / "archive")
     shutil.copytree(bundle_uri, folder / "models/first")
     make_bundle(folder / "models/second", fusion="text")
