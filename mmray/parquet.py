@@ -118,6 +118,8 @@ def describe_files(
         DataError: a footer is corrupt; names the file.
     """
 
+    schemas: dict[bytes, pa.Schema] = {}  # most files have the same one, which weighs more than the rest
+
     def describe(item: tuple[str, int]) -> tuple[DataFile, pa.Schema] | None:
         path, size = item
         try:
@@ -142,6 +144,7 @@ def describe_files(
             if image_column in schema.names and holds_uris(schema.field(image_column).type):
                 sizes = [(num_rows, num_rows * UNKNOWN_IMAGE_BYTES) for num_rows, _ in sizes]
         total = sum(size for _, size in sizes)
+        schema = schemas.setdefault(schema.serialize().to_pybytes(), schema)
         return DataFile(path, size, metadata.num_rows, sha256, total, cut_shards(sizes)), schema
 
     with ThreadPoolExecutor(32) as threads:

@@ -13,7 +13,7 @@ from mmray.columns import require_columns, require_kinds
 from mmray.config import Columns, LabelConfig
 from mmray.errors import DataError, OutputError
 from mmray.images import DECODER
-from mmray.parquet import MAX_SHARD_BYTES, MAX_SHARD_ROWS, describe_files
+from mmray.parquet import MAX_SHARD_BYTES, MAX_SHARD_ROWS, DataFile, describe_files
 from mmray.plan import Plan, cut_to
 from mmray.retry import Earlier, require_same_files, require_same_settings
 from mmray.schema import passthrough_names
@@ -72,20 +72,9 @@ def plan_labeling(
             return plan
     if not added:
         return plan
-    unreadable: dict[str, str] | None = {} if config.skip_unreadable_files else None
-    try:
-        described = describe_files(folder, added, columns.image, unreadable)
-    except DataError as error:
-        raise DataError(f"{error}; --skip-unreadable-files labels the others") from None
-    for reason in (unreadable or {}).values():
-        log.warning("skipped: %s", reason)
-    renamed: dict[str, str] = {}
-    for file, schema in described:
-        renamed |= _require_usable(schema, columns, f"{folder}/{file.path}")
-    for before, after in renamed.items():
-        log.info("the input has a column %s: it becomes %s in the output", before, after)
+    described, unreadable = _describe(folder, added, columns, config)
     left = None if config.limit is None else config.limit - plan.num_rows
-    new = cut_to((file for file, _ in described), left)
+    new = cut_to(described, left)
     if earlier:
         require_same_files(*earlier, replace(plan, files=plan.files + new))
     if not (new or plan.parts):
@@ -94,6 +83,27 @@ def plan_labeling(
         return replace(plan, files=plan.files + new)
     output.remove([SUCCESS] if plan.parts else [])
     return plan.append(output, new, unreadable)
+
+
+def _describe(
+    folder: Folder, files: dict[str, int], columns: Columns, config: LabelConfig
+) -> tuple[list[DataFile], dict[str, str]]:
+    """Describe input files whose rows can be labeled; gives also why others cannot be read, by path."""
+    unreadable: dict[str, str] = {}
+    try:
+        described = describe_files(
+            folder, files, columns.image, unreadable if config.skip_unreadable_files else None
+        )
+    except DataError as error:
+        raise DataError(f"{error}; --skip-unreadable-files labels the others") from None
+    for reason in unreadable.values():
+        log.warning("skipped: %s", reason)
+    renamed: dict[str, str] = {}
+    for file, schema in described:
+        renamed |= _require_usable(schema, columns, f"{folder}/{file.path}")
+    for before, after in renamed.items():
+        log.info("the input has a column %s: it becomes %s in the output", before, after)
+    return [file for file, _ in described], unreadable
 
 
 def find_plan(output: Folder) -> Plan | None:
