@@ -152,20 +152,9 @@ class Job:
     @property
     def command(self):
         """Give the command."""
-        return [
-            *self.under,
-            *(sys.executable, str(JOBS / "label.py"), "--input", str(self.rows), "--model", self.bundle_uri),
-            *(
-                "--output",
-                str(self.output),
-                "--batch-size",
-                "250",
-                "--no-gpu",
-                "--max-failed-fraction",
-                "0.05",
-            ),
-            *self.options,
-        ]
+        given = {"input": self.rows, "model": self.bundle_uri, "output": self.output}
+        given |= {"batch-size": 250, "max-failed-fraction": 0.05}
+        return [*self.under, *job_command("label", given), "--no-gpu", *self.options]
 
     def start(self, fault=None):
         """Start it, with a fault or without."""
@@ -209,6 +198,26 @@ class Job:
         """Leave nothing behind."""
         for run in self.runs:
             run.leave()
+
+
+@dataclass
+class Deciding(Job):
+    """A job that decides an output again, by one threshold."""
+
+    predictions: Path | None = None
+
+    @property
+    def command(self):
+        """Give the command."""
+        return job_command(
+            "decide", {"predictions": self.predictions, "output": self.output, "threshold": 0.3}
+        )
+
+
+def job_command(name, options):
+    """Give the command of a job, with options and their values."""
+    given = [text for option, value in options.items() for text in (f"--{option}", str(value))]
+    return [sys.executable, str(JOBS / f"{name}.py"), *given]
 
 
 @dataclass(frozen=True)
