@@ -13,7 +13,10 @@ from mmray.config import Columns, ComputeConfig, ModelConfig, TrainConfig, make
 @job("train")
 @click.option("--data", "data_uri", required=True, help="Parquet rows to train on.")
 @click.option(
-    "--val", "val_uri", required=True, help="Parquet rows that choose the best epoch and the threshold."
+    "--val",
+    "val_uri",
+    required=True,
+    help="Parquet rows that choose the best epoch, calibrate and set thresholds.",
 )
 @click.option(
     "--output", "output_uri", required=True, help="Folder of the bundle; checkpoints stand below it."

@@ -32,11 +32,13 @@ class Resources(NamedTuple):
 
     @classmethod
     def of_cluster(cls) -> Resources:
-        """Ask the cluster.
+        """Ask the cluster; a process that is in none starts one, or joins the one that its environment names.
 
         Raises:
             ClusterError: there is a head alone so far.
         """
+        if not ray.is_initialized():
+            ray.init()
         alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
         there = cls({key: Node(has.get("CPU", 0), int(has.get("GPU", 0))) for key, has in alive.items()})
         if not there.cpus:

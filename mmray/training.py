@@ -67,7 +67,7 @@ def train_model(
 
     Args:
         data_uri: Parquet rows to train on.
-        val_uri: Parquet rows that choose the best epoch and the threshold.
+        val_uri: Parquet rows that choose the best epoch and the thresholds, and calibrate.
         output_uri: folder of the bundle; checkpoints stand below it.
         model: what it is made of.
         train: how it learns.

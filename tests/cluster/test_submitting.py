@@ -72,7 +72,9 @@ class Cluster:
     def submit(self, *entrypoint, runtime_env=RUNTIME_ENV, name, wait=True):
         """Submit a job with the options that the README gives."""
         readme = (REPOSITORY / "README.md").read_text()
-        (options,) = re.findall(r"^    ray job submit --address \S+ (.+?) -- python jobs/", readme, re.M)
+        (options,) = re.findall(
+            r"^    ray job submit --address \S+ (.+?)\s+(?:\\\s+)?-- python jobs/", readme, re.M
+        )
         words = [*options.split(), "--runtime-env", str(runtime_env), "--submission-id", name]
         return self.job("submit", *words, *([] if wait else ["--no-wait"]), "--", *map(str, entrypoint))
 

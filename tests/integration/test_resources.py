@@ -1,5 +1,9 @@
 """How work is shared out over clusters of all kinds, and over what comes later."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from mmray.config import ComputeConfig, LabelConfig
@@ -97,9 +101,24 @@ def test_workers_of_a_node_share_its_threads():
     assert LAPTOP.threads("one", 5) == 1
 
 
-def test_a_head_alone_is_a_cluster_that_is_not_there_yet(monkeypatch):
+def test_a_head_alone_is_a_cluster_that_is_not_there_yet(cluster, monkeypatch):
     head = {"NodeID": "head", "Alive": True, "Resources": {"memory": 1.0}}
     monkeypatch.setattr("mmray.resources.ray.nodes", lambda: [head])
     with pytest.raises(ClusterError, match="worker node is up") as raised:
         Resources.of_cluster()
     assert raised.value.exit_status == 3  # a scheduler tries again
+
+
+def test_a_process_without_a_cluster_labels_on_one_of_its_own(archive, bundle_uri, tmp_path):
+    """As a notebook or a service calls it."""
+    code = (
+        "import mmray; from mmray.config import LabelConfig; config = LabelConfig(max_failed_fraction=0.05); "
+        f"places = {str(archive.folder)!r}, {bundle_uri!r}, 'labeled'; "
+        "print(mmray.label_dataset(*places, config=config).summary())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{archive.num_rows:,} rows labeled" in done.stdout
