@@ -123,9 +123,7 @@ class TrainConfig:
     rand_augment: float = option(0.0, "Magnitude of RandAugment, 0 to 10; 0 is off.")
     word_dropout: float = option(0.1, "Share of the captions' tokens that are masked.")
     modality_dropout: float = option(0.1, "Share of rows that lose their image; as many, a caption.")
-    word_weight: float = option(
-        0.0, "Weight of the loss by which images learn to tell their captions' words; 0 is off."
-    )
+    word_weight: float = option(0.0, "Weight of telling captions' words from images; 0 is off.")
     init: tuple[str, ...] = option((), "Bundle, or recipe of a stage before, that gives towers; repeatable.")
     freeze: tuple[str, ...] = option(
         (), f"Tower that stays as --init gives it, {' or '.join(TOWERS)}; repeatable."
@@ -211,7 +209,7 @@ class ComputeConfig:
     """Where the work runs. Labels do not depend on it; training does, on the number of workers."""
 
     num_workers: str | None = option(
-        None, "Workers, N or MIN:MAX [default: one a GPU; on CPUs one a node, to train one]."
+        None, "N or MIN:MAX [default: one a GPU; on CPUs one a node, to train one]."
     )
     use_gpu: bool | None = option(
         None, "Use GPUs [default: if the cluster has one].", flag="--use-gpu/--no-gpu"

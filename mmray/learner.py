@@ -43,7 +43,7 @@ class Learner:
         positives: np.ndarray,
         steps_per_epoch: int,
         world_size: int = 1,
-        num_words: int = 0,
+        word_rates: np.ndarray | None = None,
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
     ) -> None:
         """Set learning up.
@@ -55,13 +55,15 @@ class Learner:
             positives: int64 (L,), training rows that bear each label.
             steps_per_epoch: of each worker.
             world_size: workers; the rate grows with the square root of the global batch, as Adam's does.
-            num_words: V, of the captions' vocabulary.
+            word_rates: float64 (V,), of captions those that have each word, where the recipe weighs these.
             wrap: makes a module ready for distributed training.
         """
-        self.model, self.config, self.num_words = model, config, num_words
+        self.model, self.config = model, config
         self.device = next(model.parameters()).device
-        tells = config.word_weight and model.image is not None
-        self.with_words = WithWords(model, num_words).to(self.device) if tells else None
+        self.with_words = None
+        if word_rates is not None and config.word_weight and model.image is not None:
+            rates = torch.tensor(word_rates, dtype=torch.float32)
+            self.with_words = WithWords(model, rates).to(self.device)
         self.module = self.with_words or model
         self.frozen = [model.get_submodule(tower).requires_grad_(False) for tower in config.freeze]
         self.forward = wrap(self.module)

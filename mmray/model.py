@@ -44,6 +44,16 @@ class OneHead(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.LayerNorm(width), nn.Dropout(dropout), nn.Linear(width, num_labels))
 
+    def expect(self, rates: Tensor) -> None:
+        """Start from how frequent each label is, float (L,), so that no step is spent on learning just that.
+
+        Source: Lin et al. 2017 (arXiv 1708.02002), their prior on the output's bias.
+        """
+        output = self.layers[-1]
+        assert isinstance(output, nn.Linear)
+        with torch.no_grad():
+            output.bias.copy_(rates.logit(eps=1e-6))
+
     def forward(self, features: Tensor) -> Tensor:
         """Turn features (B, C) into logits (B, L)."""
         return self.layers(features)
@@ -184,6 +194,12 @@ class MultimodalModel(nn.Module):
         views = (inputs, inputs._replace(has_caption=none), inputs._replace(has_image=none))
         both, *alone = (self.fuse(image, caption, view) for view in views)
         return both, torch.stack(alone, 1)
+
+    def expect(self, rates: Tensor) -> None:
+        """Let new heads start from how frequent each label is: float (L,)."""
+        for part in self.head.modules():
+            if isinstance(part, OneHead):
+                part.expect(rates)
 
     def num_bytes(self) -> dict[str, int]:
         """Give the size of each part in bytes."""

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-from mmray.bundle import Bundle, tokenizer_files
+from mmray.bundle import Bundle, tokenizer_files, tokenizer_of
 from mmray.captions import load_tokenizer, train_tokenizer
 from mmray.config import ModelConfig, TrainConfig
 from mmray.datasets import Rows, count_labels, sample_captions
@@ -25,8 +26,10 @@ from mmray.schema import Vocabulary
 from mmray.storage import Folder
 from mmray.towers import describe_encoder
 from mmray.warm_start import take_over, without_other_labels
+from mmray.words import word_rates
 
 CAPTIONS_FOR_TOKENIZER = 1_000_000
+CAPTIONS_FOR_WORDS = 100_000
 RUN = "_train"
 RECIPE, START = f"{RUN}/recipe.json", f"{RUN}/start.json"
 
@@ -44,6 +47,8 @@ class Start:
     tokenizer_files: dict[str, bytes]
     donors: dict[str, Bundle]
     """Parts of the model that earlier bundles give."""
+    word_rates: np.ndarray | None = None
+    """float64 (V,), of the captions those that have each word; None where the recipe does not ask for it."""
 
     def build(self, config: ModelConfig) -> MultimodalModel:
         """Build the model, with what donors give.
@@ -53,6 +58,7 @@ class Start:
             BundleError: a donor's weights are missing or damaged.
         """
         model = build_model(config, len(self.vocabulary), self.text_config, self.donors)
+        model.expect(torch.tensor(self.positives / self.num_labeled, dtype=torch.float32))
         take_over(model, self.donors)
         return model
 
@@ -95,9 +101,23 @@ def is_finished(output: Folder, recipe: dict[str, Any]) -> bool:
 
 
 def prepare_start(
-    output: Folder, parts: list[Rows], val: Rows, model: ModelConfig, donors: dict[str, Bundle]
+    output: Folder,
+    parts: list[Rows],
+    val: Rows,
+    model: ModelConfig,
+    donors: dict[str, Bundle],
+    *,
+    tells_words: bool,
 ) -> Start:
     """Find what training starts from, or make and publish it.
+
+    Args:
+        output: of the training.
+        parts: rows to train on; those with labels come first.
+        val: rows to validate on.
+        model: what is to be trained.
+        donors: bundles that give parts of it.
+        tells_words: whether images are to tell their captions' words.
 
     Raises:
         DataError: no labels, or validation rows with labels that training never shows.
@@ -113,6 +133,7 @@ def prepare_start(
             record["text_config"],
             files,
             without_other_labels(donors, vocabulary),
+            None if record["word_rates"] is None else np.array(record["word_rates"]),
         )
     vocabulary, positives = count_labels(parts[0])
     unknown = sorted(set(count_labels(val)[0].labels) - set(vocabulary.labels), key=str)
@@ -127,7 +148,11 @@ def prepare_start(
         tokenizer = train_tokenizer(sample_captions(parts, CAPTIONS_FOR_TOKENIZER))
         text_config, files = describe_encoder(model, len(tokenizer)), tokenizer_files(tokenizer)
     taken = without_other_labels(donors, vocabulary)
-    start = Start(vocabulary, parts[0].num_rows, positives, text_config, files, taken)
+    rates = None
+    if tells_words:
+        captions = sample_captions(parts, CAPTIONS_FOR_WORDS)
+        rates = word_rates(tokenizer_of(files), captions, text_config["vocab_size"], model.max_tokens)
+    start = Start(vocabulary, parts[0].num_rows, positives, text_config, files, taken, rates)
     for name, data in start.tokenizer_files.items():
         output.publish(f"{RUN}/tokenizer/{name}", data)
     record = {
@@ -136,6 +161,7 @@ def prepare_start(
         "positives": positives.tolist(),
         "text_config": start.text_config,
         "tokenizer": sorted(start.tokenizer_files),
+        "word_rates": None if rates is None else rates.tolist(),
     }
     output.publish_json(START, record)
     return start

@@ -9,28 +9,51 @@ targets of an image network. Ours: as a task beside the labels, and by independe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmray.captions import tokenize
 from mmray.model import Inputs, MultimodalModel, OneHead
 
 
 class WithWords(nn.Module):
     """A model with a head that tells words."""
 
-    def __init__(self, model: MultimodalModel, num_words: int) -> None:
-        """Stand a new head on the model's image tower."""
+    def __init__(self, model: MultimodalModel, rates: Tensor) -> None:
+        """Stand a new head on the model's image tower, for V words of known frequency: float32 (V,).
+
+        A head that knew nothing of it would send the tower a gradient that drowns the labels' for an epoch.
+        """
         super().__init__()
         assert model.image is not None
         self.model = model
-        self.head = OneHead(model.image.width, num_words, dropout=0.0)
+        self.num_words = len(rates)
+        self.head = OneHead(model.image.width, self.num_words, dropout=0.0)
+        self.head.expect(rates)
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Turn a batch into logits of labels (B, L) and of words (B, V)."""
         image, caption = self.model.towers(inputs)
         assert image is not None
         return self.model.fuse(image, caption, inputs), self.head(image.mean(1))
+
+
+def word_rates(tokenizer: Any, captions: Sequence[str], num_words: int, max_tokens: int) -> np.ndarray:
+    """Give the share of captions that have each word, as `words_of` finds it: float64 (V,), never 0."""
+    counts, special = np.full(num_words, 0.5), tokenizer.all_special_ids
+    for first in range(0, len(captions), 1000):
+        ids, mask = tokenize(tokenizer, captions[first : first + 1000], max_tokens)
+        has = np.zeros((len(ids), num_words), bool)
+        rows, places = np.nonzero(mask)
+        has[rows, ids[rows, places]] = True
+        has[:, special] = False  # these `words_of` never gives
+        counts += has.sum(0)
+    return counts / (len(captions) + 1)
 
 
 def words_of(inputs: Inputs, num_words: int, special_ids: list[int]) -> Tensor:

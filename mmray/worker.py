@@ -102,7 +102,7 @@ class Epochs:
             self.train.iter_torch_batches(
                 **stream,
                 drop_last=True,
-                local_shuffle_buffer_size=shuffle_buffer_rows(job.model.image_size, batch_size),
+                local_shuffle_buffer_size=shuffle_buffer_rows(job, batch_size, self.world_size),
                 local_shuffle_seed=job.train.seed + epoch,
             )
         )
@@ -161,7 +161,7 @@ def make_learner(job: TrainJob, steps_per_epoch: int, world_size: int) -> Learne
         positives=job.start.positives,
         steps_per_epoch=steps_per_epoch,
         world_size=world_size,
-        num_words=job.start.text_config.get("vocab_size", 0),
+        word_rates=job.start.word_rates,
         wrap=ray.train.torch.prepare_model,
     )
 
@@ -176,7 +176,7 @@ def train_epoch(learner: Learner, batches: Batches, tokenizer: Any) -> float:
         inputs = drop_modalities(whole, config.modality_dropout, generator)
         if mask_id is not None:
             inputs = drop_words(inputs, config.word_dropout, mask_id, special_ids, generator)
-        words = words_of(whole, learner.num_words, special_ids) if learner.with_words else None
+        words = words_of(whole, learner.with_words.num_words, special_ids) if learner.with_words else None
         targets, mask = batch["targets"].to(learner.device), batch["mask"].to(learner.device)
         loss = learner.step(inputs, targets, mask, words)
         total += torch.stack([loss, torch.ones_like(loss)])
@@ -208,6 +208,11 @@ class Collate(NumpyBatchCollateFn):
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
 
 
-def shuffle_buffer_rows(image_size: int, batch_size: int) -> int:
-    """Size the buffer that rows are drawn from: as many as 256 MiB hold, and at least four batches."""
-    return max(4 * batch_size, min(8192, SHUFFLE_BUFFER_BYTES // (3 * image_size**2)))
+def shuffle_buffer_rows(job: TrainJob, batch_size: int, world_size: int) -> int:
+    """Size the buffer that rows are drawn from: as many as 256 MiB hold, and at least four batches.
+
+    Ray gives no batch before it has half as much again; so no more than an eighth of the epoch, either, or
+    training would begin when most of it is decoded.
+    """
+    of_memory = SHUFFLE_BUFFER_BYTES // (3 * job.model.image_size**2)
+    return max(4 * batch_size, min(8192, of_memory, job.num_rows // (8 * world_size)))

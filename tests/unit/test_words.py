@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from mmray.captions import tokenize, train_tokenizer
 from mmray.config import ModelConfig, TrainConfig
 from mmray.learner import Learner
 from mmray.model import Inputs, build_model
 from mmray.towers import describe_encoder
-from mmray.words import WithWords, word_loss, words_of
+from mmray.words import WithWords, word_loss, word_rates, words_of
 
 PAD, BEGIN, END, MASK = SPECIAL = [0, 1, 2, 3]
 NUM_WORDS = 12
@@ -46,7 +47,7 @@ def batch(num_rows=6):
 
 def learner(model, train=TRAIN):
     settings = {"num_rows": 6, "positives": np.array([2, 2, 2]), "steps_per_epoch": 20}
-    return Learner(model, train, num_words=NUM_WORDS, **settings)
+    return Learner(model, train, word_rates=np.full(NUM_WORDS, 0.5), **settings)
 
 
 def test_the_words_of_a_caption_are_those_that_it_has_once_each_and_none_without_an_image():
@@ -54,6 +55,25 @@ def test_the_words_of_a_caption_are_those_that_it_has_once_each_and_none_without
     words = words_of(inputs, NUM_WORDS, SPECIAL)
     assert [row.nonzero().ravel().tolist() for row in words] == [[4, 5], [5], []]
     assert set(words.unique().tolist()) == {0, 1}
+
+
+def test_a_word_is_as_frequent_as_the_captions_that_have_it_and_its_head_starts_from_that():
+    captions = ["a dog and a dog", "A dog", "", "two cats and two dogs"]
+    tokenizer = train_tokenizer(captions * 10)
+    inputs = batch(len(captions))
+    ids, mask = (torch.from_numpy(array) for array in tokenize(tokenizer, captions, 16))
+    words = words_of(
+        inputs._replace(input_ids=ids, attention_mask=mask), len(tokenizer), tokenizer.all_special_ids
+    )
+    rates = word_rates(tokenizer, captions, len(tokenizer), 16)
+    assert rates == pytest.approx((words.sum(0).numpy() + 0.5) / (len(captions) + 1))
+    assert rates[tokenizer.convert_tokens_to_ids("a")] == 2.5 / 5
+    (head,) = (
+        part
+        for part in WithWords(built(), torch.tensor(rates)).head.modules()
+        if isinstance(part, torch.nn.Linear)
+    )
+    assert head.bias.sigmoid().detach().numpy() == pytest.approx(rates, rel=1e-5)
 
 
 def test_the_loss_is_a_sum_over_words_and_a_mean_over_the_rows_that_have_some():
@@ -67,7 +87,7 @@ def test_the_loss_is_a_sum_over_words_and_a_mean_over_the_rows_that_have_some():
 def test_with_words_the_labels_logits_are_the_models_own(fusion):
     model, inputs = built(fusion).eval(), batch()
     with torch.inference_mode():
-        logits, told = WithWords(model, NUM_WORDS).eval()(inputs)
+        logits, told = WithWords(model, torch.full((NUM_WORDS,), 0.5)).eval()(inputs)
         assert torch.equal(logits, model(inputs)) and told.shape == (6, NUM_WORDS)
 
 
