@@ -28,9 +28,9 @@ MAX_PIXELS = 89_478_485
 """Larger images are refused before they are decoded: Pillow's own limit against decompression bombs."""
 
 LARGE_PIXELS = 16_000_000
-"""Larger images are decoded one at a time: on their way to RGB they take up to 20 bytes a pixel."""
+"""What comes out larger is decoded one at a time: on their way to RGB images take up to 20 bytes a pixel."""
 
-_ONE_LARGE = threading.Lock()
+ONE_LARGE = threading.Lock()
 
 Box = tuple[float, float, float, float]
 
@@ -110,7 +110,11 @@ def decode_image(data: bytes, size_px: int, view: View | None = None) -> np.ndar
                     f"image of {image.width}x{image.height} pixels is above the limit of {MAX_PIXELS}"
                 )
             box = view.box if view else (0.0, 0.0, 1.0, 1.0)
-            with _ONE_LARGE if image.width * image.height > LARGE_PIXELS else nullcontext():
+            whole = image.width * image.height
+            _draft(image, size_px, box)
+            # Of a progressive JPEG libjpeg holds every coefficient, at whatever size it comes out.
+            held = whole if image.info.get("progressive") else image.width * image.height
+            with ONE_LARGE if held > LARGE_PIXELS else nullcontext():
                 square = _squeeze(image, size_px, box)
             # Asked once the pixels are there: Pillow turns a TIFF itself as it loads, and drops the tag.
             turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
@@ -124,11 +128,14 @@ def decode_image(data: bytes, size_px: int, view: View | None = None) -> np.ndar
     return _look(pixels, view) if view else pixels
 
 
+def _draft(image: Image.Image, size_px: int, box: Box) -> None:
+    """Let libjpeg decode at 1/2, 1/4 or 1/8 where that still has the pixels that the crop needs."""
+    left, top, right, bottom = box
+    image.draft("RGB", (int(size_px / (right - left)) + 1, int(size_px / (bottom - top)) + 1))
+
+
 def _squeeze(image: Image.Image, size_px: int, box: Box) -> Image.Image:
     left, top, right, bottom = box
-    # Lets libjpeg decode at 1/2, 1/4 or 1/8 where that still has the pixels that the crop needs.
-    needed = (int(size_px / (right - left)) + 1, int(size_px / (bottom - top)) + 1)
-    image.draft("RGB", needed)
     pixels = (left * image.width, top * image.height, right * image.width, bottom * image.height)
     return _as_rgb(image).resize((size_px, size_px), Image.Resampling.BICUBIC, box=pixels)
 

@@ -5,6 +5,7 @@ import re
 import struct
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from mmray.errors import DataError
-from mmray.images import MAX_PIXELS, Augmentation, View, decode_image
+from mmray.images import MAX_PIXELS, ONE_LARGE, Augmentation, View, decode_image
 
 light = settings(deadline=None, max_examples=100)
 
@@ -167,6 +168,16 @@ def test_an_oblong_image_is_squeezed_and_keeps_its_edges(size, kind):
     assert close(pixels[:, :3], np.full((16, 3, 3), (0, 255, 0)), 8)
     assert close(pixels[:7, 5:], np.full((7, 11, 3), (255, 0, 0)), 8)
     assert close(pixels[9:, 5:], np.full((7, 11, 3), (0, 0, 255)), 8)
+
+
+@pytest.mark.parametrize(("progressive", "waits"), [(False, False), (True, True)])
+def test_only_what_takes_much_memory_is_decoded_one_at_a_time(progressive, waits):
+    data = encoded(Image.new("RGB", (6000, 4000), (10, 20, 30)), "JPEG", progressive=progressive)
+    with ThreadPoolExecutor(1) as threads:
+        with ONE_LARGE:
+            decoding = threads.submit(decode_image, data, 32)
+            assert wait([decoding], 5).not_done == ({decoding} if waits else set())
+        assert close(decoding.result(), np.full((32, 32, 3), (10, 20, 30)), 2)
 
 
 def test_a_large_jpeg_gives_what_its_exact_copy_gives():
