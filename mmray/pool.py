@@ -39,7 +39,7 @@ class Pool(NamedTuple):
         """
         there = Resources.of_cluster()
         use_gpu = there.use_gpu(compute)
-        default = there.gpus if use_gpu else sum(node.cpus > 0 for node in there.nodes.values())
+        default = there.gpus if use_gpu else there.num_actors()
         workers = Workers.parse(compute.num_workers or default)
         share = there.share(workers, use_gpu=use_gpu)
         # Reading and committing want a CPU beside the actors. In a pool that grows each asks for more than
@@ -52,6 +52,11 @@ class Pool(NamedTuple):
         return cls(
             *(workers.minimum, workers.maximum, num_cpus, float(use_gpu), threads, num_tasks, num_decoders)
         )
+
+    @property
+    def device(self) -> str:
+        """Where an actor computes. Not on any GPU that it sees: Ray may have given that one to another."""
+        return "cuda" if self.num_gpus else "cpu"
 
     def tasks(self) -> dict[str, Any]:
         """Give the settings of tasks beside the actors: so many, and no CPU asked for.

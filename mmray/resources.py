@@ -13,6 +13,8 @@ from mmray.errors import ClusterError, ConfigError
 TASKS_PER_CPU = 4
 ACTOR_CPUS = 8.0
 """That one model on CPUs makes good use of."""
+LEAST_SHARE = 4.0
+"""CPUs of a small node for whose sake larger ones are still divided."""
 
 Result = TypeVar("Result")
 
@@ -75,16 +77,27 @@ class Resources(NamedTuple):
     def share(self, workers: Workers, *, use_gpu: bool = False) -> float:
         """Give the CPUs that each worker may have.
 
-        On GPUs these are the CPUs that a node has for each of them. Else a fixed number of workers share the
-        cluster, and none has more than a node. Of workers whose number may grow each has its part of the
-        cluster if all were there, or `ACTOR_CPUS` if that is more; and never more than the smallest node.
+        On GPUs these are the CPUs that a node has for each of them. Else a fixed number of workers has the
+        largest share of which the nodes hold so many. Of workers whose number may grow each has its part of
+        the cluster if all were there, or `ACTOR_CPUS` if that is more; and never more than the smallest node.
         """
         nodes = [node for node in self.nodes.values() if node.cpus]
         if use_gpu:
             return min(node.cpus / node.gpus for node in nodes if node.gpus)
         if workers.minimum == workers.maximum:
-            return min(self.cpus / workers.maximum, max(node.cpus for node in nodes))
+            shares = {node.cpus / number for node in nodes for number in range(1, workers.maximum + 1)}
+            return max(share for share in shares if self._places(share) >= workers.maximum)
         return min(max(self.cpus / workers.maximum, ACTOR_CPUS), min(node.cpus for node in nodes))
+
+    def num_actors(self) -> int:
+        """Give the actors that make use of all CPUs: one a node, and more on those that are larger."""
+        sizes = [node.cpus for node in self.nodes.values() if node.cpus]
+        share = max(min(sizes), min(LEAST_SHARE, max(sizes)))
+        return self._places(share)
+
+    def _places(self, share: float) -> int:
+        """Count the shares of so many CPUs that the nodes hold."""
+        return sum(int(node.cpus / share + 1e-9) for node in self.nodes.values())
 
 
 def spread(work: Callable[[Sequence[str]], Result], paths: Sequence[str]) -> list[Result]:

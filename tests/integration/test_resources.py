@@ -15,6 +15,7 @@ from mmray.resources import Node, Resources
 LAPTOP = Resources({"one": Node(2)})
 ONE_LARGE = Resources({"one": Node(64)})
 MIXED = Resources({"head": Node(0), "large": Node(16), "small": Node(4), "other": Node(4)})
+UNEQUAL = Resources({"small": Node(4), **{f"large-{number}": Node(16) for number in range(3)}})
 GPU_NODE = Resources({"head": Node(0), "gpus": Node(32, 4)})
 MANY = Resources({"head": Node(0), **{f"node-{number}": Node(8) for number in range(4)}})
 
@@ -27,6 +28,9 @@ MANY = Resources({"head": Node(0), **{f"node-{number}": Node(8) for number in ra
         (LAPTOP, "1:8", 1.5, 2),  # no second one fits beside it: what comes later brings its own CPUs
         (ONE_LARGE, "1:8", 7, 8),
         (MIXED, "1:8", 3, 4),  # the smallest node takes one
+        (MIXED, None, 3, 4),  # one on each small node, four on the large one
+        (MIXED, "3", 4, 5),
+        (UNEQUAL, "4", 7, 8),  # a quarter of all CPUs each, and three would find no place for a fourth
         (GPU_NODE, "1:16", 0.5, 8),  # 8 of a node's CPUs for each of its GPUs
         (GPU_NODE, None, 0.5, 8),
         (MANY, None, 7, 8),
