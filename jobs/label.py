@@ -50,7 +50,8 @@ def main(
         )
     if dry_run:
         click.echo(
-            f"{result.num_rows:,} rows in {result.num_files:,} files, {result.num_shards:,} shards to label"
+            f"{result.num_rows:,} rows in {result.num_files:,} files: {result.num_shards:,} shards, "
+            f"of which {result.num_shards - result.num_resumed:,} are still to be labeled"
         )
     else:
         click.echo(f"{result.summary()}; {output_uri}")

@@ -28,7 +28,7 @@ from mmray.shards import Committer
 from mmray.storage import Folder
 
 SAMPLE_ROWS = 1000
-"""Rows that are measured, at least; whole units, of files from all over the input."""
+"""Rows that are measured, about: shards of files from all over the input."""
 
 SAMPLE_FILES = 8
 MODEL_REPEATS = 2
@@ -101,13 +101,13 @@ def forecast(
 
 
 def sample(rows: Rows) -> list[tuple[DataFile, Unit]]:
-    """Choose units from files all over the input, in turns, until they hold enough rows."""
+    """Choose first shards of units, from files all over the input in turns, until they hold enough rows."""
     spread = rows.files[:: -(-len(rows.files) // SAMPLE_FILES)]
     chosen: list[tuple[DataFile, Unit]] = []
     for turn in zip_longest(*(file.units for file in spread)):
         for file, unit in zip(spread, turn, strict=True):
             if unit and sum(taken[-1] - taken[0] for _, taken in chosen) < SAMPLE_ROWS:
-                chosen.append((file, unit))
+                chosen.append((file, unit[:2]))
     return chosen
 
 
@@ -121,6 +121,7 @@ def measure(
     scratch_uri: str | None,
 ) -> Costs:
     """Measure the stages apart, in this process: a worker of the cluster."""
+    started = time.perf_counter()
     import torch
 
     from mmray.labeler import Labeler
@@ -130,7 +131,8 @@ def measure(
     assert config.precision is not None
     names = ("batch_size", "precision", "flip", "compiled")
     settings: dict[str, Any] = {name: getattr(config, name) for name in names}
-    labeler, start_s = _timed(lambda: Labeler(bundle, num_threads=pool.num_threads, **settings))
+    labeler = Labeler(bundle, device=pool.device, num_threads=pool.num_threads, **settings)
+    start_s = time.perf_counter() - started
 
     def read() -> list[pa.Table]:
         found = (read_units(folder, file, [unit], salvage=True) for file, unit in units)

@@ -26,6 +26,7 @@ from typing import Any
 from urllib.parse import urljoin
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import urllib3
 import urllib3.connection
 
@@ -132,9 +133,10 @@ def image_values(column: pa.Array | pa.ChunkedArray) -> list[bytes | UnfetchedEr
     """
     images: list[bytes | UnfetchedError | None] = [*image_bytes(column)]
     if column.type == FETCHED:
-        for row, entry in enumerate(column.to_pylist()):
-            if (reason := entry["_mmray_reason"]) is not None:
-                images[row] = UnfetchedError(reason, Status(entry["_mmray_status"]))
+        told = (pc.struct_field(column, name).to_pylist() for name in ("_mmray_status", "_mmray_reason"))
+        for row, (status, reason) in enumerate(zip(*told, strict=True)):
+            if reason is not None:
+                images[row] = UnfetchedError(reason, Status(status))
     return images
 
 

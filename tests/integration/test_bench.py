@@ -1,5 +1,7 @@
 """The forecast of a labeling job: its stages measured on real rows, and put together rightly."""
 
+from dataclasses import replace
+
 import pytest
 
 from mmray.bench import SAMPLE_ROWS, Costs, forecast, predict, sample
@@ -39,6 +41,16 @@ def test_the_sample_takes_files_in_turns_until_it_holds_enough_rows(archive):
     chosen = sample(Rows.find(str(archive.folder), Columns()))
     assert sum(unit[-1] - unit[0] for _, unit in chosen) >= SAMPLE_ROWS
     assert sum(unit[-1] - unit[0] for _, unit in chosen[:-1]) < SAMPLE_ROWS
+
+
+def test_of_a_large_row_group_the_sample_takes_a_part(archive):
+    rows = Rows.find(str(archive.folder), Columns())
+    large = replace(rows.files[0], num_rows=10_000, units=(tuple(range(0, 10_001, 500)),))
+    many = replace(rows, files=(large, *(replace(large, path=f"{number}.parquet") for number in range(3))))
+    assert [(file.path, unit) for file, unit in sample(many)] == [
+        (large.path, (0, 500)),
+        ("0.parquet", (0, 500)),
+    ]
 
 
 @pytest.mark.usefixtures("cluster")
