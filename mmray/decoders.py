@@ -7,6 +7,7 @@ images, have to travel: 433 kB an image at 380 px.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -17,10 +18,13 @@ import ray
 from mmray.columns import text_values
 from mmray.config import Columns, ModelConfig
 from mmray.decoded import DECODED, to_column
-from mmray.decoding import HungError, RowDecoder
+from mmray.decoding import RowDecoder
+from mmray.errors import SpoiltError
 from mmray.fetch import image_values
 from mmray.isolation import IsolatedDecoder
 from mmray.parcels import Parcel, unpack
+
+log = logging.getLogger(__name__)
 
 MAX_PIXEL_BYTES = 1 << 30
 """A shard with more stays encoded, and is decoded beside the model: on their way pixels take thrice that."""
@@ -69,7 +73,8 @@ def shielded(parcel: Parcel, work: Callable[[Parcel], Parcel]) -> Parcel:
     if error is None:
         try:
             return work(parcel)
-        except HungError:  # its thread cannot be stopped, but this process can: Ray starts another one
+        except SpoiltError:  # Ray starts another process
+            log.exception("this process ends")
             os.kill(os.getpid(), signal.SIGKILL)
         except Exception as raised:
             error = raised

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
 from mmray.captions import is_blank
-from mmray.errors import DataError
+from mmray.errors import DataError, SpoiltError
 from mmray.faults import moment
 from mmray.images import View, decode_image
 from mmray.schema import Status
@@ -19,8 +19,8 @@ DECODE_TIMEOUT_S = 30.0
 """A row that takes longer hangs; the largest image that is decoded takes some seconds."""
 
 
-class HungError(Exception):
-    """Decoding a row did not end."""
+class HungError(SpoiltError):
+    """Decoding a row did not end: its thread cannot be stopped."""
 
 
 class Row(NamedTuple):
@@ -91,6 +91,7 @@ class RowDecoder:
         self.fusion, self.size_px = fusion, size_px
         self.decode = decode or decode_row
         self.timeout_s = None if decode else DECODE_TIMEOUT_S
+        self.num_threads = num_threads
         self.threads = ThreadPoolExecutor(num_threads, "decode")
 
     def submit(self, images: Sequence[Image | Row], captions: Sequence[str | None]) -> list[Decoding]:
@@ -106,7 +107,7 @@ class RowDecoder:
         """Wait for rows.
 
         Raises:
-            HungError: one hung its thread; there is one less from now on.
+            HungError: one of these rows, or of those that another caller waits for, hung its thread.
         """
         return [row if isinstance(row, Row) else self._result(row) for row in rows]
 
@@ -116,6 +117,11 @@ class RowDecoder:
             decoding = row.running()
             try:
                 return row.result(self.timeout_s)
+            except CancelledError:
+                raise HungError("a row was given up, since another one hung") from None
             except TimeoutError:
                 if decoding:
+                    # Others begin anew, in threads that nothing holds.
+                    hung, self.threads = self.threads, ThreadPoolExecutor(self.num_threads, "decode")
+                    hung.shutdown(wait=False, cancel_futures=True)
                     raise HungError(f"a row was not decoded within {self.timeout_s:.0f} s") from None

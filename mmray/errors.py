@@ -73,6 +73,10 @@ class BudgetError(OutputError):
     exit_status = 1
 
 
+class SpoiltError(Exception):
+    """This process can do no more work; another one may. Not a user's error."""
+
+
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 _ENDPOINTS = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 _SIGNED = re.compile(  # name=value and 'name': 'value', in URLs, headers and records

@@ -107,7 +107,8 @@ class Labeler:
             captions: B captions, None where there is none.
 
         Raises:
-            HungError: a row hung its thread; the labeler is one thread short from now on.
+            HungError: a row hung its thread, which goes on for nothing; the labeler has new ones.
+            DeviceError: the GPU fails for good; only another process can use it again.
         """
         under_way: deque[tuple[list[Row], Logits | None]] = deque()
         parts = []
@@ -151,7 +152,7 @@ class Labeler:
             [row.pixels for row in rows],
             *tokens,
             has_caption=[row.caption is not None for row in rows],
-            size_px=config.image_size,
+            size_px=config.image_size if config.fusion != "text" else 0,
             pinned=self.predictor.device.type == "cuda",
         )
         return self.predictor.submit(inputs)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmray.errors import ConfigError
+from mmray.errors import ConfigError, SpoiltError
 from mmray.model import Inputs, MultimodalModel
 
 log = logging.getLogger(__name__)
@@ -22,18 +22,24 @@ TIMED_BATCHES = 5
 """That tell how fast a tower is, compiled and not."""
 
 
-class FixedBatch(nn.Module):
-    """A tower that always sees as many rows, since what is compiled is compiled for one shape."""
+class DeviceError(SpoiltError):
+    """A GPU that fails in this process from now on, whatever is asked of it."""
 
-    def __init__(self, tower: nn.Module, num_rows: int) -> None:
-        """Take the tower."""
+
+class FixedBatch(nn.Module):
+    """A compiled tower, which always sees as many rows, since it is compiled for one shape."""
+
+    def __init__(self, compiled: nn.Module, tower: nn.Module, num_rows: int) -> None:
+        """Take the tower, compiled and as it was."""
         super().__init__()
-        self.tower, self.num_rows = tower, num_rows
+        self.compiled, self.tower, self.num_rows = compiled, tower, num_rows
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Turn pixels, uint8 (B, S, S, 3) of at most `num_rows`, into tokens (B, N, C)."""
         missing = self.num_rows - len(pixels)
-        return self.tower(functional.pad(pixels, (0, 0) * 3 + (0, missing)))[: len(pixels)]
+        if missing > len(pixels):  # filling up would cost more than compiling gives
+            return self.tower(pixels)
+        return self.compiled(functional.pad(pixels, (0, 0) * 3 + (0, missing)))[: len(pixels)]
 
 
 class Part(NamedTuple):
@@ -91,7 +97,8 @@ class Predictor:
             self._halve(size)
 
     def _compile(self, tower: nn.Module, num_rows: int, size_px: int) -> None:
-        pixels = torch.zeros(num_rows, size_px, size_px, 3, dtype=torch.uint8, device=self.device)
+        with torch.inference_mode():  # as the batches will be: for other tensors it would be compiled again
+            pixels = torch.zeros(num_rows, size_px, size_px, 3, dtype=torch.uint8, device=self.device)
         before, started = self._seconds_a_row(tower, pixels), time.monotonic()
         compiled: Any = torch.compile(tower, dynamic=False)
         try:
@@ -102,7 +109,7 @@ class Predictor:
             (reason,) = str(error).strip().splitlines()[:1] or [type(error).__name__]
             raise ConfigError(f"--compile: nothing here compiles for {self.device}: {reason}") from None
         took, after = time.monotonic() - started, self._seconds_a_row(compiled, pixels)
-        self.model.image = FixedBatch(compiled, num_rows)  # type: ignore[assignment]
+        self.model.image = FixedBatch(compiled, tower, num_rows)  # type: ignore[assignment]
         paid = (
             f"pays back after {took / (before - after):,.0f} images" if after < before else "never pays back"
         )
@@ -119,6 +126,7 @@ class Predictor:
 
         Raises:
             torch.OutOfMemoryError: not even one row fits into the GPU's memory.
+            DeviceError: the GPU fails for good; the function that waits may say so, too.
         """
         parts: list[Part] = []
         start = 0
@@ -131,6 +139,8 @@ class Predictor:
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
+            except torch.AcceleratorError as error:
+                raise DeviceError(str(error)) from error
             self._halve(size)  # now that the error has let go of what the batch had taken
         return lambda: np.concatenate([self._await(part) for part in parts])
 
@@ -167,7 +177,10 @@ class Predictor:
     def _await(self, part: Part) -> np.ndarray:
         if part.events:
             began, ended, came = part.events
-            came.synchronize()
+            try:
+                came.synchronize()
+            except torch.AcceleratorError as error:
+                raise DeviceError(str(error)) from error
             self._count(began.elapsed_time(ended) / 1000)
         return part.logits.numpy()
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import ray
@@ -19,6 +19,7 @@ from mmray import retry
 from mmray.bundle import Bundle
 from mmray.config import Columns, LabelConfig
 from mmray.decoders import DecodeShards, shielded
+from mmray.errors import StorageError
 from mmray.faults import moment
 from mmray.fetch import fetch_images
 from mmray.parcels import Parcel, unpack
@@ -28,6 +29,9 @@ from mmray.pool import Pool
 from mmray.retry import Earlier
 from mmray.schema import KeptScores
 from mmray.storage import Folder
+
+if TYPE_CHECKING:
+    from mmray.watching import Watch
 
 READ_TASK_ROWS = 1000
 """Small files are read together, up to about this many rows a task."""
@@ -172,35 +176,40 @@ class ScoreShards:
 
     def __init__(self, scorer: Scorer) -> None:
         """Load the model."""
+        from mmray.watching import set_up_log
+
+        set_up_log()
+        self.scorer = scorer
+        self.refusal: Exception | None = None
+        try:
+            self.label = self._load()
+        except Exception as error:  # told of each shard: raised here, it would be Ray's, and its text lost
+            self.refusal = error
+
+    def _load(self) -> Watch:
         import torch
 
         from mmray.isolation import IsolatedDecoder
         from mmray.labeler import Labeler
         from mmray.tables import TableLabeler
-        from mmray.watching import Watch, set_up_log
+        from mmray.watching import Watch
 
-        set_up_log()
-        bundle, columns, config, pool, _, hidden = scorer
+        bundle, columns, config, pool, _, hidden = self.scorer
         torch.set_num_threads(pool.num_threads)  # Ray sets one thread for each CPU that was asked for
         assert config.precision is not None
-        self.refusal: Exception | None = None
         # Its predecessor may have died of a row that now comes again.
         isolated = ray.get_runtime_context().was_current_actor_reconstructed
-        try:
-            labeler = Labeler(
-                bundle,
-                batch_size=config.batch_size,
-                precision=config.precision,
-                flip=config.flip,
-                compiled=config.compiled,
-                num_threads=pool.num_threads,
-                decode=IsolatedDecoder() if isolated else None,
-            )
-            self.label = Watch(
-                labeler, TableLabeler(labeler, columns, KeptScores.parse(config.scores), hidden)
-            )
-        except Exception as error:
-            self.refusal = error
+        labeler = Labeler(
+            bundle,
+            batch_size=config.batch_size,
+            device=pool.device,
+            precision=config.precision,
+            flip=config.flip,
+            compiled=config.compiled,
+            num_threads=pool.num_threads,
+            decode=IsolatedDecoder() if isolated else None,
+        )
+        return Watch(labeler, TableLabeler(labeler, columns, KeptScores.parse(config.scores), hidden))
 
     def __call__(self, packed: pa.Table) -> Iterator[pa.Table]:
         """Score shards."""
@@ -208,6 +217,8 @@ class ScoreShards:
             yield shielded(parcel, self._score).packed()
 
     def _score(self, parcel: Parcel) -> Parcel:
+        if isinstance(self.refusal, StorageError):  # it may be back
+            self.label, self.refusal = self._load(), None
         if self.refusal:
             raise self.refusal
         moment("before score", "{} {}-{}".format(*parcel.shard))

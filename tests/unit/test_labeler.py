@@ -19,7 +19,7 @@ from mmray.bundle import save_bundle, tokenizer_files
 from mmray.captions import tokenize, train_tokenizer
 from mmray.config import FUSIONS, Columns, ModelConfig
 from mmray.decisions import Calibration, decide
-from mmray.decoding import HungError, decode_row
+from mmray.decoding import HungError, RowDecoder, decode_row
 from mmray.errors import BundleError, ConfigError
 from mmray.images import decode_image
 from mmray.labeler import Labeler, make_inputs
@@ -189,6 +189,20 @@ def test_a_row_hangs_when_it_is_decoded_for_too_long_not_when_it_waits_for_a_thr
     try:
         with pytest.raises(HungError, match="within 1 s"):
             labeler([IMAGES[0], TEXT], CAPTIONS[:2])
+        assert labeler(IMAGES[:2], CAPTIONS[:2]).statuses == [OK] * 2, "others are decoded as before"
+    finally:
+        released.set()
+
+
+def test_what_waits_behind_a_row_that_hangs_is_given_up_with_it():
+    decoder, released = RowDecoder("image", 32, 1), threading.Event()
+    decoder.timeout_s, decoder.decode = 0.5, lambda *given: released.wait(60)
+    hung, behind = decoder.submit([TEXT, TEXT], [None, None])
+    try:
+        with pytest.raises(HungError, match="not decoded within"):
+            decoder.results([hung])
+        with pytest.raises(HungError, match="another one hung"):
+            decoder.results([behind])
     finally:
         released.set()
 

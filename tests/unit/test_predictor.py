@@ -1,6 +1,7 @@
 """Batches to logits: cut to size, halved when they do not fit, whoever calls."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from mmray.config import ModelConfig
 from mmray.model import Inputs, build_model
-from mmray.predictor import FixedBatch, Predictor
+from mmray.predictor import DeviceError, FixedBatch, Predictor
 from mmray.towers import describe_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,12 +89,40 @@ def test_a_row_that_does_not_fit_alone_is_an_error():
         small.submit(inputs(2))
 
 
-@pytest.mark.parametrize("num_rows", [1, 4, 5])
-def test_a_tower_of_fixed_size_sees_whole_batches_and_gives_what_was_asked(num_rows):
+@pytest.mark.parametrize(("num_rows", "computed"), [(1, 1), (2, 2), (3, 5), (4, 5), (5, 5)])
+def test_what_is_compiled_sees_whole_batches_and_a_few_rows_go_without_it(num_rows, computed):
     seen = []
     tower = predictor(5).model.image
     tower.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
     pixels = inputs(num_rows).pixels
     with torch.inference_mode():
-        assert torch.allclose(FixedBatch(tower, 5)(pixels), tower(pixels), atol=1e-5)
-    assert seen == [5, num_rows]
+        assert torch.allclose(FixedBatch(tower, tower, 5)(pixels), tower(pixels), atol=1e-5)
+    assert seen == [computed, num_rows]
+
+
+def test_a_tower_is_compiled_once(monkeypatch):
+    """For other tensors than those of batches it would be compiled again, with the first one of them."""
+    compilations = []
+
+    def backend(graph, given):
+        compilations.append(len(given))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    eager, compiled = predictor(4), predictor(4)
+    compiled.compile(32)
+    assert len(compilations) == 1
+    for num_rows in (4, 3):
+        assert np.allclose(compiled.submit(inputs(num_rows))(), eager.submit(inputs(num_rows))(), atol=1e-5)
+    assert len(compilations) == 1
+
+
+def test_a_gpu_that_fails_for_good_is_told_from_an_error_that_passes():
+    spoilt = predictor(2)
+
+    def fail(tower, given):
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    spoilt.model.image.register_forward_pre_hook(fail)
+    with pytest.raises(DeviceError, match="illegal memory access"):
+        spoilt.submit(inputs(2))
