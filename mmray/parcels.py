@@ -8,6 +8,7 @@ or slices its blocks, a shard stays whole.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ class Parcel(NamedTuple):
     """A shard on its way through the cluster, or the error that ended its way."""
 
     file: DataFile
+    """On its way without its units."""
     shard: Shard
     rows: pa.Table | None = None
     """Of the input, before they are scored; of the output after."""
@@ -38,7 +40,7 @@ class Parcel(NamedTuple):
         """Make it one row: file, first, end, rows and earlier (Arrow streams), and error (JSON)."""
         return pa.table(
             {
-                "file": [self.file.to_json()],
+                "file": [replace(self.file, units=()).to_json()],  # a large file has thousands of them
                 "first": [self.shard.first],
                 "end": [self.shard.end],
                 "rows": _packed(self.rows),

@@ -62,7 +62,7 @@ class Committer:
             The file's record, if this completed it; a file of several shards is complete when it is joined.
         """
         assert rows.num_rows == shard.end - shard.first, f"{shard} came with {rows.num_rows} rows"
-        if len(file.shards) == 1:
+        if shard == (file.path, 0, file.num_rows):
             return self._publish_file(file, [rows])
         piece = io.BytesIO()
         self._write([rows], piece, file)
