@@ -96,11 +96,11 @@ def _select_files(
             write_selection(target, file.path, rows, targets, mask)
         true = (scores[rows] >= cutoffs.positive) & mask
         found = {"num_true": true.sum(0), "num_false": (mask & ~true).sum(0)}
-        truth = _truth(unlabeled, file, vocabulary)
-        if truth is not None:
+        truth, known = (each[rows] for each in _truth(unlabeled, file, vocabulary))
+        for kind, taken, right in (("true", true, truth), ("false", mask & ~true, ~truth)):
             found |= {
-                "right_true": (true & truth[rows]).sum(0),
-                "right_false": (mask & ~true & ~truth[rows]).sum(0),
+                f"known_{kind}": (taken & known).sum(0),
+                f"right_{kind}": (taken & known & right).sum(0),
             }
         counts = {name: count.tolist() for name, count in found.items()}
         return {"found": json.dumps({"path": file.path, "num_rows": len(rows), **counts})}
@@ -115,38 +115,35 @@ def _scores(labels: Folder, path: str, num_labels: int) -> tuple[np.ndarray, np.
     return score_matrix(column["scores"], num_labels)
 
 
-def _truth(rows: Rows, file: DataFile, vocabulary: Vocabulary) -> np.ndarray | None:
-    """Give what is true of a file's rows, bool (B, L), where it has a column of labels."""
-    name = rows.columns.labels
+def _truth(rows: Rows, file: DataFile, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
+    """Give what is true of a file's rows, bool (B, L), and of which rows that is known, bool (B, 1).
+
+    Labels that the vocabulary lacks say nothing here.
+    """
+    name, shape = rows.columns.labels, (file.num_rows, len(vocabulary))
     schema = read_footer(rows.folder, file.path, file.size_bytes)[0].schema.to_arrow_schema()
-    if name not in schema.names:
-        return None
+    if name not in schema.names or not file.num_rows:
+        return np.zeros(shape, bool), np.zeros((file.num_rows, 1), bool)
     parts = [table[name] for _, _, table in read_units(rows.folder, file, file.units, [name])]
-    return np.concatenate([vocabulary.encode(part) for part in parts]).astype(bool)
+    truth = np.concatenate([vocabulary.encode(part, others=True) for part in parts]).astype(bool)
+    known = np.concatenate([part.is_valid().to_numpy() for part in parts])
+    return truth, known[:, None]
 
 
 def report_of(files: list[dict[str, Any]], num_rows: int, vocabulary: Vocabulary) -> dict[str, Any]:
     """Say how many rows and labels join, and how right they are where that is known.
 
     Returns:
-        `num_rows` of them all and `num_selected`; by label `num_true` and `num_false`, and with known truth
-        `precision_true` and `precision_false`, which are None for a label of which nothing was taken.
+        `num_rows` of them all and `num_selected`; by label `num_true` and `num_false`, and `precision_true`
+        and `precision_false` of what was taken of rows whose truth is known: None where nothing was.
     """
-
-    def total(name: str) -> np.ndarray | None:
-        if not all(name in file for file in files):
-            return None
-        return np.sum([file[name] for file in files], axis=0)
-
-    counts = {name: total(name) for name in ("num_true", "num_false", "right_true", "right_false")}
     by_label: dict[str, Any] = {}
     for place, label in enumerate(vocabulary.labels):
         entry = by_label[str(label)] = {}
         for kind in ("true", "false"):
-            taken, right = counts[f"num_{kind}"], counts[f"right_{kind}"]
-            assert taken is not None
-            entry[f"num_{kind}"] = int(taken[place])
-            if right is not None:
-                entry[f"precision_{kind}"] = float(right[place] / taken[place]) if taken[place] else None
+            taken, known, right = (
+                sum(file[f"{name}_{kind}"][place] for file in files) for name in ("num", "known", "right")
+            )
+            entry |= {f"num_{kind}": taken, f"precision_{kind}": right / known if known else None}
     selected = sum(file["num_rows"] for file in files)
     return {"num_rows": num_rows, "num_selected": selected, "by_label": by_label}

@@ -75,11 +75,12 @@ class Vocabulary:
         """The type of one label in a table."""
         return pa.int64() if isinstance(self.labels[0], int) else pa.string()
 
-    def encode(self, rows: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    def encode(self, rows: pa.Array | pa.ChunkedArray, *, others: bool = False) -> np.ndarray:
         """Turn lists of labels into targets.
 
         Args:
             rows: list<label>, B rows; null and empty lists are rows without a label.
+            others: leave labels out that are not in the vocabulary.
 
         Returns:
             targets: uint8 (B, L).
@@ -97,13 +98,14 @@ class Vocabulary:
                 f"labels of type {rows.type} are no lists of {self.arrow_type}: {error}"
             ) from None
         index = pc.index_in(flat, value_set=pa.array(self.labels, self.arrow_type))
-        if index.null_count:
+        if index.null_count and not others:
             # Shown by Arrow, which shows text that is not UTF-8 too.
             unknown = flat.filter(index.is_null()).unique()[:5].to_string(indent=0, skip_new_lines=True)
             raise DataError(f"labels {unknown} are not among the {len(self)} labels of the vocabulary")
         targets = np.zeros((len(rows), len(self)), np.uint8)
         row_of = np.repeat(np.arange(len(rows)), pc.list_value_length(rows).to_numpy())
-        targets[row_of, index.to_numpy(zero_copy_only=False).astype(np.int64)] = 1
+        known = index.is_valid().to_numpy(zero_copy_only=False)
+        targets[row_of[known], index.drop_null().to_numpy()] = 1
         return targets
 
     def decode(self, decided: np.ndarray, valid: np.ndarray) -> pa.ListArray:

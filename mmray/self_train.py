@@ -146,7 +146,7 @@ def _joined(entry: dict[str, Any]) -> tuple[str, str, str]:
         return "", "", ""
     labels = list(report["by_label"].values())
     num_true = sum(label["num_true"] for label in labels)
-    right = [label["precision_true"] * label["num_true"] for label in labels if label.get("precision_true")]
-    known = any("precision_true" in label for label in labels)
-    precision = f"{sum(right) / num_true:.3f}" if known and num_true else "-"
+    known = [label for label in labels if label["precision_true"] is not None]
+    right = sum(label["precision_true"] * label["num_true"] for label in known)
+    precision = f"{right / sum(label['num_true'] for label in known):.3f}" if known else "-"
     return f"{report['num_selected']:,} of {report['num_rows']:,}", f"{num_true:,}", precision
