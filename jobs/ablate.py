@@ -25,7 +25,8 @@ def main(data_uri: str, val_uri: str, unlabeled_uri: str | None, output_uri: str
         from rich.console import Console
         from rich.markdown import Markdown
 
-        from mmray.ablate import Experiment, Places, ablate, as_markdown
+        from mmray.ablate import Places, ablate, as_markdown
+        from mmray.variants import Experiment
 
         columns, compute = make(Columns, settings), make(ComputeConfig, settings)
         rows = ablate(

@@ -11,63 +11,30 @@ import csv
 import io
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import ray
 
 from mmray.bundle import Bundle
-from mmray.config import (
-    FUSIONS,
-    LOSSES,
-    SELECTIONS,
-    AblationConfig,
-    Columns,
-    ComputeConfig,
-    ModelConfig,
-    SelfTrainConfig,
-    TrainConfig,
-)
+from mmray.config import AblationConfig, Columns, ComputeConfig
 from mmray.datasets import Rows
 from mmray.errors import ConfigError, OutputError
 from mmray.fingerprints import fingerprint
+from mmray.fitting import TrainWorkers
 from mmray.progress import Progress
 from mmray.recipes import is_recipe
 from mmray.self_train import self_train
 from mmray.storage import Folder
 from mmray.training import train_model
+from mmray.variants import Experiment, Variant, of_all_seeds, suited, variants_of
 from mmray.warm_start import check_stages
 
 DATA = "data.json"
 METRICS = ("sample_f1", "map", "macro_f1", "ece")
-STRANGERS = {"image": "text", "text": "image"}
-"""Fusions of one tower alone, and whose towers are of no use to them."""
 TITLES = {"sample_f1": "sample F1", "map": "mAP", "macro_f1": "macro F1", "ece": "ECE"}
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """What is trained, and how."""
-
-    model: ModelConfig
-    train: TrainConfig
-    self_train: SelfTrainConfig | None = None
-
-    def name(self) -> str:
-        """Name its folder: equal experiments, whatever axis they stand on, share a run."""
-        return f"{self.model.fusion}-{self.train.loss}-{self.train.seed}-{fingerprint(asdict(self))}"
-
-
-class Variant(NamedTuple):
-    """One value of an axis."""
-
-    axis: str
-    value: str
-    experiment: Experiment
-    reading: str = "per-label"
-    """What of its result counts; see `run`."""
 
 
 class Places(NamedTuple):
@@ -86,68 +53,20 @@ class Places(NamedTuple):
         return self._replace(data_uri=data_uri, val_uri=val_uri, unlabeled_uri=unlabeled_uri)
 
 
-def variants_of(base: Experiment, config: AblationConfig) -> Iterator[Variant]:
-    """Give the variants of each axis: the base, but for one part."""
-    model, train = base.model, base.train
-    if "fusion" in config.axes:
-        for fusion in FUSIONS:
-            yield Variant("fusion", fusion, replace(base, model=replace(model, fusion=fusion)))
-    if "loss" in config.axes:
-        for loss in LOSSES:
-            yield Variant("loss", loss, replace(base, train=replace(train, loss=loss)))
-    if "backbone" in config.axes:
-        for backbone in config.backbones:
-            yield Variant("backbone", backbone, replace(base, model=replace(model, vision=backbone)))
-    if "ema" in config.axes:
-        for decay in sorted({0.0, train.ema_decay}):
-            value = f"{decay:g}" if decay else "off"
-            yield Variant("ema", value, replace(base, train=replace(train, ema_decay=decay)))
-    if "modality-dropout" in config.axes:
-        for share in sorted({0.0, train.modality_dropout}):
-            changed = replace(base, train=replace(train, modality_dropout=share))
-            value = f"{share:g}" if share else "off"
-            yield Variant("modality-dropout", value, changed)
-            for hidden in ("image", "caption"):
-                yield Variant("modality-dropout", f"{value}, no {hidden}", changed, f"no {hidden}")
-    if "self-training" in config.axes:
-        yield Variant("self-training", "off", base)
-        for selection in SELECTIONS:
-            student = replace(base, self_train=SelfTrainConfig(select=selection))
-            yield Variant("self-training", selection, student)
-    for axis, readings in {
-        "decision": ("0.5", "single", "per-label"),
-        "calibration": ("uncalibrated", "per-label"),
-    }.items():
-        if axis in config.axes:
-            for reading in readings:
-                value = "on" if axis == "calibration" and reading == "per-label" else reading
-                yield Variant(axis, value, base, reading)
-
-
-def suited(variant: Variant) -> Variant:
-    """Leave out of a variant's start what its fusion has no tower for."""
-    train, fusion = variant.experiment.train, variant.experiment.model.fusion
-    if fusion not in STRANGERS:
-        return variant
-    init = tuple(uri for uri in train.init if Bundle.load(uri).model_config.fusion != STRANGERS[fusion])
-    freeze = tuple(tower for tower in train.freeze if fusion == ("text" if tower == "caption" else tower))
-    experiment = replace(variant.experiment, train=replace(train, init=init, freeze=freeze))
-    return variant._replace(experiment=experiment)
-
-
 def run(experiment: Experiment, places: Places, folder: Folder) -> dict[str, Any]:
     """Train an experiment, unless that is done, and measure it.
 
     Returns:
         By reading, the METRICS: `0.5`, `single` and `per-label` are thresholds, `uncalibrated` leaves the
-        scores as the model gives them, `no image` and `no caption` hide these; and `seconds`.
+        scores as the model gives them, `no image` and `no caption` hide these, `teacher` is who taught; and
+        `seconds`.
     """
     known = folder.read_json("result.json")
     if known is not None:
         return dict(known)
     started, bundle_uri = time.monotonic(), f"{folder}/bundle"
     data_uri, val_uri, unlabeled_uri, columns, compute = places
-    settings = (experiment.model, experiment.train)
+    settings, result = (experiment.model, experiment.train), dict[str, Any]()
     if experiment.self_train is None:
         metrics = train_model(data_uri, val_uri, bundle_uri, *settings, columns, compute).metrics
     else:
@@ -157,8 +76,9 @@ def run(experiment: Experiment, places: Places, folder: Folder) -> dict[str, Any
             *(columns, compute),
         )
         metrics = student.rounds[-1]["metrics"]  # what the student is worth, were it the worse one, too
+        result["teacher"] = {name: student.rounds[0]["metrics"][name] for name in METRICS}
     whole = {name: metrics[name] for name in METRICS}
-    result = {name: whole | found for name, found in metrics["by_decision"].items()}
+    result |= {name: whole | found for name, found in metrics["by_decision"].items()}
     result["uncalibrated"] = whole | {"ece": metrics["ece_uncalibrated"]}
     for modality, hidden in (("caption", "image"), ("image", "caption")):
         if alone := metrics["by_modality"].get(modality):
@@ -191,7 +111,7 @@ def ablate(
     output, variants = Folder(output_uri), [suited(variant) for variant in variants_of(base, config)]
     for variant in variants:
         check_stages(variant.experiment.model, variant.experiment.train)
-    require_same_data(output, places)
+    require_same_data(output, places, donors)
     experiments = {
         seeded.name(): seeded
         for variant in variants
@@ -205,11 +125,11 @@ def ablate(
     return rows
 
 
-def require_same_data(output: Folder, places: Places) -> None:
-    """Keep apart results of other rows, which the names of the runs do not tell apart.
+def require_same_data(output: Folder, places: Places, donors: Sequence[str]) -> None:
+    """Keep apart results of other rows, donors and workers, which the names of the runs do not tell apart.
 
     Raises:
-        OutputError: the output's runs saw other rows; says which.
+        OutputError: the output's runs had others; says which.
     """
     uris = {"--data": places.data_uri, "--val": places.val_uri, "--unlabeled": places.unlabeled_uri}
     seen = {
@@ -217,16 +137,12 @@ def require_same_data(output: Folder, places: Places) -> None:
         for name, uri in uris.items()
         if uri is not None
     }
+    seen |= {f"--init {uri}": Bundle.load(uri).fingerprint for uri in donors}
+    seen["--num-workers"] = str(TrainWorkers.on_cluster(places.compute).scaling.maximum)
     known = output.read_json(DATA) or {}
     if found := [name for name in seen if known.get(name, seen[name]) != seen[name]]:
         raise OutputError(f"{output} is an ablation of other {', '.join(found)}; choose another --output")
     output.publish_json(DATA, known | seen)
-
-
-def of_all_seeds(experiment: Experiment, num_seeds: int) -> list[Experiment]:
-    """Give an experiment with its own seed and those that follow."""
-    train = experiment.train
-    return [replace(experiment, train=replace(train, seed=train.seed + place)) for place in range(num_seeds)]
 
 
 def run_all(

@@ -115,7 +115,9 @@ class TrainConfig:
     weight_decay: float = option(0.05, "Decay of weights; norms and biases are spared.")
     warmup_epochs: float = option(1.0, "Epochs of linear warm-up, before the cosine.")
     clip_norm: float = option(1.0, "Largest norm of the gradient.")
-    ema_decay: float = option(0.999, "Decay of the averaged weights, which are kept; 0 is off.")
+    ema_decay: float = option(
+        0.999, "Decay of the averaged weights, which are kept; at step n at most 1 - n^(-2/3); 0 is off."
+    )
     patience: int = option(5, "Stop after so many epochs without a better sample F1.")
     loss: str = option("weighted-bce", "Training loss.", choices=LOSSES)
     crop: float = option(0.5, "Least share of the area that a crop keeps; 1 is off.")

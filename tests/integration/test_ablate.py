@@ -3,12 +3,13 @@
 import pyarrow.parquet as pq
 import pytest
 
-from mmray.ablate import Experiment, Places, ablate
+from mmray.ablate import Places, ablate
 from mmray.bundle import Bundle
 from mmray.config import AblationConfig, Columns, ComputeConfig, ModelConfig, TrainConfig
 from mmray.errors import OutputError
 from mmray.report import write_report
 from mmray.storage import Folder
+from mmray.variants import Experiment
 
 MODEL = ModelConfig(fusion="text", max_tokens=16, width=32, pretrained=False)
 TRAIN = TrainConfig(epochs=1, batch_size_per_worker=16, learning_rate=3e-3, warmup_epochs=0.2)
@@ -39,6 +40,13 @@ def test_variants_that_share_a_training_are_trained_once_and_a_rerun_trains_noth
     assert before == {path: (tmp_path / "out" / path).stat().st_ino for path in before}
     write_report(f"{output}", str(tmp_path / "report.html"))
     assert f"{rows[0]['sample_f1']:.4f} ± 0.0000" in (tmp_path / "report.html").read_text()
+    with pytest.raises(OutputError, match="other --num-workers"):
+        ablate(
+            Experiment(MODEL, TRAIN),
+            config,
+            where._replace(compute=ComputeConfig("2", use_gpu=False)),
+            str(tmp_path / "out"),
+        )
     with pytest.raises(OutputError, match="other --val"):
         other = where._replace(val_uri=places[0])
         ablate(Experiment(MODEL, TRAIN), config, other, str(tmp_path / "out"))

@@ -8,21 +8,11 @@ from dataclasses import asdict, replace
 import pytest
 from PIL import Image
 
-from mmray.ablate import (
-    METRICS,
-    Experiment,
-    Places,
-    ablate,
-    as_csv,
-    as_markdown,
-    as_plot,
-    of_all_seeds,
-    summarise,
-    variants_of,
-)
+from mmray.ablate import METRICS, Places, ablate, as_csv, as_markdown, as_plot, summarise
 from mmray.config import AXES, AblationConfig, Columns, ComputeConfig, ModelConfig, TrainConfig
 from mmray.errors import ConfigError
 from mmray.fingerprints import differences
+from mmray.variants import Experiment, of_all_seeds, variants_of
 
 BASE = Experiment(ModelConfig(pretrained=False), TrainConfig(ema_decay=0.99, modality_dropout=0.2, seed=5))
 EVERYTHING = AblationConfig(axes=AXES, seeds=2)
@@ -43,7 +33,17 @@ def test_each_axis_has_its_variants_and_the_base_among_them(axis):
     variants = list(variants_of(BASE, config))
     assert {variant.axis for variant in variants} == {axis}
     assert len({variant.value for variant in variants}) == len(variants) >= 2
-    assert BASE.name() in {variant.experiment.name() for variant in variants} or axis == "loss"
+    assert BASE.name() in {variant.experiment.name() for variant in variants} or axis in (
+        "loss",
+        "self-training",
+    )
+
+
+def test_what_a_model_of_one_tower_cannot_be_asked_is_left_out():
+    base = replace(BASE, model=replace(BASE.model, fusion="text"))
+    readings = {variant.reading for variant in variants_of(base, EVERYTHING)}
+    assert not readings & {"no image", "no caption"}
+    assert "no image" in {variant.reading for variant in variants_of(BASE, EVERYTHING)}
 
 
 def test_experiments_that_are_equal_share_a_run_and_seeds_do_not():
@@ -61,7 +61,7 @@ def results_of(variants):
     results = {}
     for variant in variants:
         for seed, each in enumerate(of_all_seeds(variant.experiment, 3)):
-            readings = ("0.5", "single", "per-label", "uncalibrated", "no image", "no caption")
+            readings = ("0.5", "single", "per-label", "uncalibrated", "no image", "no caption", "teacher")
             results[each.name()] = {
                 reading: {name: (seed**2 + place + at) / 20 for at, name in enumerate(METRICS)}
                 for place, reading in enumerate(readings)

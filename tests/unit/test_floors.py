@@ -81,7 +81,7 @@ FLOORS = [
     ],
     # 3: one module for each further job
     [
-        *("prepare", "pairing", "evaluate", "deciding", "self_train", "ablate"),
+        *("prepare", "pairing", "evaluate", "deciding", "self_train", "variants", "ablate"),
         *("looks", "gallery", "labeling_report", "training_report", "report", "answers", "export"),
         *("demo", "bench"),
     ],

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mmray.ablate import Experiment, suited, variants_of
 from mmray.bundle import Bundle
 from mmray.config import FUSIONS, AblationConfig, TrainConfig
 from mmray.errors import ConfigError
 from mmray.model import build_model
 from mmray.schema import Vocabulary
+from mmray.variants import Experiment, suited, variants_of
 from mmray.warm_start import check_frozen, check_stages, find_donors, take_over, without_other_labels
 
 LABELS = ("circle", "square", "triangle")
