@@ -138,6 +138,7 @@ def test_what_cannot_be_decided_again_is_refused(archive, labeled, bundle_uri, t
     label_dataset(str(tmp_path / "rows"), bundle_uri, str(tmp_path / "top"), config=config)
     with pytest.raises(ConfigError, match="--scores top-2"):
         decide_again(str(tmp_path / "top"), str(tmp_path / "out"), 0.3)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_failed_rows_of_a_decided_output_are_not_labeled_again_into_another(
@@ -146,7 +147,7 @@ def test_the_failed_rows_of_a_decided_output_are_not_labeled_again_into_another(
     places = (str(archive.folder), bundle_uri, str(tmp_path / "again"))
     with pytest.raises(OutputError, match=r"--retry-failed .* comes from decide\.py"):
         label_dataset(*places, retry_failed_uri=str(decided))
-    assert not (tmp_path / "out").exists()
+    assert not [*(tmp_path / "again").rglob("*.parquet")]
 
 
 @pytest.mark.parametrize(

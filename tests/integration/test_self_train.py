@@ -13,7 +13,8 @@ from mmray.datasets import Rows, count_labels, examples
 from mmray.errors import OutputError
 from mmray.evaluate import evaluate_model
 from mmray.labeler import Labeler
-from mmray.pseudo import select
+from mmray.pseudo import report_of, select
+from mmray.schema import Vocabulary
 from mmray.selection import as_matrix
 from mmray.self_train import self_train
 from mmray.storage import Folder
@@ -105,6 +106,16 @@ def test_the_report_counts_what_joined_and_how_right_it_is(result, places):
         assert (entry["num_true"], entry["num_false"]) == (taken.sum(), denied.sum())
         assert entry["precision_true"] == pytest.approx(truth[taken, place].mean()) if taken.any() else None
         assert entry["precision_false"] == pytest.approx(1 - truth[denied, place].mean())
+
+
+def test_only_rows_of_known_truth_say_how_right_a_label_is():
+    counts = {"num_true": [4, 0], "known_true": [2, 0], "right_true": [1, 0]}
+    counts |= {"num_false": [3, 3], "known_false": [0, 3], "right_false": [0, 3]}
+    report = report_of([{"path": "a", "num_rows": 5, **counts}], 9, Vocabulary(("x", "y")))
+    assert report["by_label"] == {
+        "x": {"num_true": 4, "precision_true": 0.5, "num_false": 3, "precision_false": None},
+        "y": {"num_true": 0, "precision_true": None, "num_false": 3, "precision_false": 1.0},
+    }
 
 
 def test_the_student_sees_labeled_rows_and_the_selected_ones_as_they_were_selected(result, places):

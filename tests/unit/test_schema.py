@@ -216,3 +216,10 @@ def test_images_are_taken_from_the_hugging_face_layout():
 def test_a_column_of_another_type_holds_no_images(column):
     with pytest.raises(DataError, match="encoded bytes"):
         image_bytes(column)
+
+
+def test_labels_that_the_vocabulary_lacks_are_left_out_where_that_is_asked_for():
+    rows = pa.chunked_array([pa.array([["a", "z"], None, ["b"], ["z"]])])
+    assert Vocabulary(("a", "b")).encode(rows, others=True).tolist() == [[1, 0], [0, 0], [0, 1], [0, 0]]
+    with pytest.raises(DataError, match="z"):
+        Vocabulary(("a", "b")).encode(rows)
