@@ -42,7 +42,7 @@ class Costs(NamedTuple):
 
     read: float
     decode: float
-    """In one thread."""
+    """In one thread; 0 where the GPU decodes, as a part of what the model takes."""
     model: float
     """In all threads of the worker, or on its GPU."""
     write: float
@@ -131,7 +131,10 @@ def measure(
     assert config.precision is not None
     names = ("batch_size", "precision", "flip", "compiled")
     settings: dict[str, Any] = {name: getattr(config, name) for name in names}
-    labeler = Labeler(bundle, device=pool.device, num_threads=pool.num_threads, **settings)
+    on_gpu = config.decode == "gpu"
+    labeler = Labeler(
+        bundle, device=pool.device, num_threads=pool.num_threads, decode_on_gpu=on_gpu, **settings
+    )
     start_s = time.perf_counter() - started
 
     def read() -> list[pa.Table]:
@@ -149,12 +152,13 @@ def measure(
     # Beside the model threads decode, in a pool processes: what a CPU gets done is not the same.
     num_threads = pool.num_threads if config.decode == "beside" else 1
     decoder = RowDecoder(bundle.model_config.fusion, bundle.model_config.image_size, num_threads)
-    decoded, decode_s = _timed(lambda: decoder.results(decoder.submit(images, captions)))
-    model_s = min(_timed(lambda: labeler(decoded, captions))[1] for _ in range(MODEL_REPEATS))
+    decoded, decode_s = _timed(lambda: decoder.submit(images, captions)())
+    shown = images if on_gpu else decoded
+    model_s = min(_timed(lambda: labeler(shown, captions))[1] for _ in range(MODEL_REPEATS))
     num_rows = len(images)
     return Costs(
         read_s / num_rows,
-        decode_s * num_threads / num_rows,
+        0.0 if on_gpu else decode_s * num_threads / num_rows,
         model_s / num_rows,
         _write(labeled, units[0][0], scratch_uri) / labeled.num_rows,
         start_s,
@@ -186,7 +190,7 @@ def predict(costs: Costs, pool: Pool, there: Resources, num_rows: int) -> Foreca
     on_cpus = {"read": costs.read, "decode": costs.decode, "write": costs.write}
     if not pool.num_gpus:
         on_cpus["model"] = costs.model * pool.num_threads
-    rates = {stage: cpus / cost for stage, cost in on_cpus.items()}
+    rates = {stage: cpus / cost for stage, cost in on_cpus.items() if cost}
     rows_per_s = cpus / sum(on_cpus.values())
     limit = max(on_cpus, key=lambda stage: on_cpus[stage])
     if pool.num_gpus:

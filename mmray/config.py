@@ -234,8 +234,9 @@ class ScoringConfig:
     flip: bool = option(False, "Average over each image and its mirror image.", flag="--flip")
     decode: str | None = option(
         None,
-        "Where images are decoded [default: in a pool from 8 CPUs for each GPU on, else beside the model].",
-        choices=("beside", "pool"),
+        "Where images are decoded [default: in a pool from 8 CPUs for each GPU on, else beside the model]; "
+        "gpu takes plain JPEGs, with slightly other pixels.",
+        choices=("beside", "pool", "gpu"),
     )
     compiled: bool = option(
         False, "Compile the image tower: pays on GPUs, for many images.", flag="--compile"

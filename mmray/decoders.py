@@ -58,7 +58,7 @@ class DecodeShards:
         decoded = []  # in parts, so that what a shard's pixels take is not there twice
         for start in range(0, len(images), DECODED_ROWS):
             part = slice(start, start + DECODED_ROWS)
-            decoded.append(to_column(self.decoder.results(self.decoder.submit(images[part], captions[part]))))
+            decoded.append(to_column(self.decoder.submit(images[part], captions[part])()))
         index = rows.schema.get_field_index(name)
         return parcel._replace(rows=rows.set_column(index, name, pa.chunked_array(decoded, DECODED)))
 

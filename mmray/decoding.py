@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from mmray.faults import moment
 from mmray.images import View, decode_image
 from mmray.schema import Status
 from mmray.uris import UnfetchedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DECODE_TIMEOUT_S = 30.0
 """A row that takes longer hangs; the largest image that is decoded takes some seconds."""
@@ -26,7 +29,8 @@ class HungError(SpoiltError):
 class Row(NamedTuple):
     """One row, decoded: what the model sees of it, and what was wrong with it."""
 
-    pixels: np.ndarray | None
+    pixels: np.ndarray | Tensor | None
+    """uint8 (S, S, 3); a tensor where a GPU decoded it, which holds it."""
     caption: str | None
     status: Status
     error: str | None
@@ -62,6 +66,25 @@ def decode_row(image: Image, caption: str | None, fusion: str, size_px: int, vie
             status, error = reason.status, str(reason)
         except DataError as reason:
             status, error = Status.BAD_IMAGE, str(reason)
+    return described(pixels, caption, fusion, status, error)
+
+
+def described(
+    pixels: np.ndarray | Tensor | None,
+    caption: str | None,
+    fusion: str,
+    status: Status = Status.OK,
+    error: str | None = None,
+) -> Row:
+    """Say how a row may be labeled, of which so much is known by its image.
+
+    Args:
+        pixels: of its image, or None.
+        caption: or None.
+        fusion: of the model.
+        status: by the image alone.
+        error: why there are no pixels.
+    """
     readable = fusion != "image" and not is_blank(caption)
     if fusion != "image" and not readable:
         missing = "caption is null" if caption is None else "caption is empty"
@@ -72,8 +95,8 @@ def decode_row(image: Image, caption: str | None, fusion: str, size_px: int, vie
     return Row(pixels, caption if readable else None, status, error)
 
 
-Decoding = Future[Row] | Row
-"""A row that is being decoded, or has been."""
+Waiting = Callable[[], list[Row]]
+"""Waits for rows that are being decoded, and gives them."""
 
 
 class RowDecoder:
@@ -94,22 +117,20 @@ class RowDecoder:
         self.num_threads = num_threads
         self.threads = ThreadPoolExecutor(num_threads, "decode")
 
-    def submit(self, images: Sequence[Image | Row], captions: Sequence[str | None]) -> list[Decoding]:
-        """Begin to decode some rows; what has been decoded before stays as it is."""
-        return [
+    def submit(self, images: Sequence[Image | Row], captions: Sequence[str | None]) -> Waiting:
+        """Begin to decode some rows; what has been decoded before stays as it is.
+
+        Returns:
+            A function that waits for them, and raises HungError where one of them, or of those that
+            another caller waits for, hung its thread.
+        """
+        rows = [
             image
             if isinstance(image, Row)
             else self.threads.submit(self.decode, image, caption, self.fusion, self.size_px)
             for image, caption in zip(images, captions, strict=True)
         ]
-
-    def results(self, rows: Sequence[Decoding]) -> list[Row]:
-        """Wait for rows.
-
-        Raises:
-            HungError: one of these rows, or of those that another caller waits for, hung its thread.
-        """
-        return [row if isinstance(row, Row) else self._result(row) for row in rows]
+        return lambda: [row if isinstance(row, Row) else self._result(row) for row in rows]
 
     def _result(self, row: Future[Row]) -> Row:
         while True:

@@ -21,6 +21,9 @@ from mmray.randaugment import Operation, apply_operations, draw_operations
 DECODER = "pillow-1"
 """Names the pixels that `decode_image` gives. Part of the fingerprint: change it when they change."""
 
+GPU_DECODER = "nvjpeg-1"
+"""Names those that `mmray.gpu_decoding` gives."""
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 """What web archives hold. Pillow knows more, some of it by calling other programs."""
 

@@ -170,7 +170,7 @@ def thumbnail(decoder: Decode, data: bytes, side_px: int) -> bytes | None:
     shrunk = min(1.0, side_px / max(width, height))
     size = max(1, round(width * shrunk)), max(1, round(height * shrunk))
     file = io.BytesIO()
-    Image.fromarray(pixels).resize(size).save(file, "JPEG", quality=75)
+    Image.fromarray(np.asarray(pixels)).resize(size).save(file, "JPEG", quality=75)
     return file.getvalue()
 
 
@@ -180,5 +180,5 @@ def as_png(decoder: Decode, data: bytes, size_px: int) -> bytes | None:
     if pixels is None:
         return None
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", compress_level=1)
+    Image.fromarray(np.asarray(pixels)).save(file, "PNG", compress_level=1)
     return file.getvalue()

@@ -12,7 +12,7 @@ from mmray.bundle import Bundle
 from mmray.columns import require_columns, require_kinds
 from mmray.config import Columns, LabelConfig
 from mmray.errors import DataError, OutputError
-from mmray.images import DECODER
+from mmray.images import DECODER, GPU_DECODER
 from mmray.parquet import MAX_SHARD_BYTES, MAX_SHARD_ROWS, DataFile, describe_files
 from mmray.plan import Plan, cut_to
 from mmray.retry import Earlier, require_same_files, require_same_settings
@@ -157,7 +157,7 @@ def labeling_settings(bundle: Bundle, columns: Columns, config: LabelConfig) -> 
         "columns": {"image": columns.image, "caption": columns.caption},
         "image_prefixes": sorted(columns.image_prefixes),
         "image_size": bundle.model_config.image_size,
-        "decoder": DECODER,
+        "decoder": GPU_DECODER if config.decode == "gpu" else DECODER,
         "precision": config.precision,
         "flip": config.flip,
         "scores": config.scores,

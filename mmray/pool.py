@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from mmray.config import ComputeConfig, LabelConfig, Workers
+from mmray.errors import ConfigError
 from mmray.resources import Resources
 
 DECODERS_A_GPU = 8
@@ -81,7 +82,13 @@ class Pool(NamedTuple):
         }
 
     def settle(self, config: LabelConfig) -> LabelConfig:
-        """Fill in what the cluster does best, unless it is asked for: precision, and the place to decode."""
+        """Fill in what the cluster does best, unless it is asked for: precision, and the place to decode.
+
+        Raises:
+            ConfigError: a GPU is to decode, and the actors have none.
+        """
+        if config.decode == "gpu" and not self.num_gpus:
+            raise ConfigError("--decode gpu: the models have no GPU here; beside and pool decode on CPUs")
         many = self.num_gpus and self.num_decoders >= (DECODERS_A_GPU - 1) * self.minimum
         return replace(
             config,

@@ -208,6 +208,7 @@ class ScoreShards:
             compiled=config.compiled,
             num_threads=pool.num_threads,
             decode=IsolatedDecoder() if isolated else None,
+            decode_on_gpu=config.decode == "gpu" and not isolated,
         )
         return Watch(labeler, TableLabeler(labeler, columns, KeptScores.parse(config.scores), hidden))
 

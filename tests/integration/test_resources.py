@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from mmray.config import ComputeConfig, LabelConfig
-from mmray.errors import ClusterError
+from mmray.errors import ClusterError, ConfigError
 from mmray.fitting import TrainWorkers
 from mmray.pool import Pool
 from mmray.resources import Node, Resources
@@ -59,6 +59,7 @@ POOR = Resources({"gpu": Node(2, 2)})
         (GPU_NODE, None, None, "pool", (28, 28)),
         (GPU_NODE, "1:4", None, "pool", (31, 99)),  # no more than shards
         (GPU_NODE, None, "beside", "beside", (28, 28)),
+        (GPU_NODE, None, "gpu", "gpu", (28, 28)),
         (ELSEWHERE, None, None, "pool", (35, 35)),
         (Resources({"gpu": Node(4, 1)}), None, None, "beside", (3, 3)),
         (POOR, None, "pool", "pool", (1, 1)),
@@ -77,6 +78,13 @@ def test_a_gpu_with_many_cpus_gets_a_pool_that_decodes_and_leaves_room_for_all_e
     together = pool.minimum * pool.num_cpus + strategy.min_size * of_a_decoder + of_a_join
     assert together <= there.cpus, "the scoring actors would never find a place"
     assert of_a_decoder > 0, "or the head would decode"
+
+
+def test_without_gpus_none_decodes(monkeypatch):
+    monkeypatch.setattr(Resources, "of_cluster", lambda: LAPTOP)
+    pool = Pool.on_cluster(ComputeConfig())
+    with pytest.raises(ConfigError, match="--decode gpu: the models have no GPU here"):
+        pool.settle(LabelConfig(decode="gpu"))
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
 """EfficientNet-B4 at 380 px on a GPU: the model alone, against the whole labeling job that feeds it.
 
-    python tests/peers/gpu.py --input FOLDER [--copies N] [--batch-size N] [--json FILE]
+    python tests/peers/gpu.py --input FOLDER [--copies N] [--decode PLACE ...] [--json FILE]
 
 alone      the model on batches that are on the device already, as `Predictor` computes them
 job        `label_dataset` on Ray, by rows committed between the first file and the last one
 decoding   threads and processes that do nothing but decode, as many as there are CPUs
 
 FOLDER holds Parquet files of images and captions; each is labeled `--copies` times. All of it in bf16, eager
-and with `--compile`; the job with its decoding in a pool and beside the model.
+and with `--compile`; the job with its decoding on the GPU, in a pool and beside the model.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ MODEL = ModelConfig(vision="efficientnet_b4", image_size=380, pretrained=False)
 LABELS = tuple(number for number in range(1, 20) if number != 12)
 BATCHES = 40
 DECODED_ROWS = 4000
+PLACES = ("gpu", "pool", "beside")
 
 
 @ray.remote(num_gpus=1, max_calls=1)  # its memory on the device is free again for the job
@@ -108,8 +109,9 @@ def _decoded_bytes(image: bytes) -> int:
 @click.option("--input", "source", required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--copies", default=40, show_default=True)
 @click.option("--batch-size", default=256, show_default=True)
+@click.option("--decode", "places", type=click.Choice(PLACES), multiple=True, default=PLACES)
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
-def main(source: Path, copies: int, batch_size: int, json_path: Path | None) -> None:
+def main(source: Path, copies: int, batch_size: int, places: tuple[str, ...], json_path: Path | None) -> None:
     """Measure, and print what was found."""
     found: dict[str, Any] = {"batch_size": batch_size, "cpus": os.cpu_count()}
 
@@ -145,7 +147,7 @@ def main(source: Path, copies: int, batch_size: int, json_path: Path | None) -> 
         for compiled in (False, True):
             name = "compiled" if compiled else "eager"
             tell(f"alone, {name}", ray.get(alone.remote(uri, batch_size, compiled)))
-            for place in ("pool", "beside"):
+            for place in places:
                 config = LabelConfig(
                     batch_size=batch_size, compiled=compiled, decode=place, max_failed_fraction=0.1
                 )

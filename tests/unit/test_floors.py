@@ -36,6 +36,7 @@ FLOORS = [
         *(
             "randaugment",
             "images",
+            "jpeg",
             "captions",
             "decoding",
             "decoded",
@@ -50,6 +51,7 @@ FLOORS = [
         *(
             "selection",
             "predictor",
+            "gpu_decoding",
             "labeler",
             "isolation",
             "tables",

@@ -21,6 +21,7 @@ from mmray.config import FUSIONS, Columns, ModelConfig
 from mmray.decisions import Calibration, decide
 from mmray.decoding import HungError, RowDecoder, decode_row
 from mmray.errors import BundleError, ConfigError
+from mmray.gpu_decoding import GpuDecoder
 from mmray.images import decode_image
 from mmray.labeler import Labeler, make_inputs
 from mmray.model import build_model
@@ -197,12 +198,12 @@ def test_a_row_hangs_when_it_is_decoded_for_too_long_not_when_it_waits_for_a_thr
 def test_what_waits_behind_a_row_that_hangs_is_given_up_with_it():
     decoder, released = RowDecoder("image", 32, 1), threading.Event()
     decoder.timeout_s, decoder.decode = 0.5, lambda *given: released.wait(60)
-    hung, behind = decoder.submit([TEXT, TEXT], [None, None])
+    hung, behind = (decoder.submit([TEXT], [None]) for _ in range(2))
     try:
         with pytest.raises(HungError, match="not decoded within"):
-            decoder.results([hung])
+            hung()
         with pytest.raises(HungError, match="another one hung"):
-            decoder.results([behind])
+            behind()
     finally:
         released.set()
 
@@ -350,6 +351,22 @@ def test_what_is_hidden_is_as_if_it_were_not_there(labelers, hidden):
     shown = label(table(nothing, CAPTIONS) if hidden == "image" else table(IMAGES, nothing))
     for name in ("scores", "status", "predicted_labels"):
         assert hiding(table(IMAGES, CAPTIONS))[name].to_pylist() == shown[name].to_pylist()
+
+
+def test_images_from_both_decoders_meet_in_a_batch(labelers, monkeypatch):
+    images, captions = [JPEG, IMAGES[1], None, TEXT, JPEG], [*CAPTIONS, None]
+    for fusion in FUSIONS:
+        labeler = labelers[fusion]
+        beside = labeler(images, captions)
+        monkeypatch.setattr(labeler, "decoder", GpuDecoder(labeler.decoder, torch.device("cpu")))
+        together = labeler(images, captions)
+        assert (together.statuses, together.errors) == (beside.statuses, beside.errors)
+        assert np.allclose(together.scores, beside.scores, atol=0.02)
+
+
+def test_without_a_gpu_none_decodes(labelers):
+    with pytest.raises(ConfigError, match="cannot be decoded on a GPU: the device is cpu"):
+        Labeler(labelers["image"].bundle, device="cpu", decode_on_gpu=True)
 
 
 def test_an_unknown_precision_is_refused_by_name(labelers):
