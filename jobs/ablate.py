@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from mmray.cli import cluster, job, options
-from mmray.config import AblationConfig, Columns, ComputeConfig, ModelConfig, TrainConfig, make
+from mmray.config import AblationConfig, Columns, ComputeConfig, ModelConfig, TrainConfig
+from mmray.options import make
 
 
 @job("ablate")

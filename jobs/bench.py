@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from mmray.cli import cluster, job, options
-from mmray.config import Columns, ComputeConfig, ScoringConfig, make
+from mmray.config import Columns, ComputeConfig, ScoringConfig
+from mmray.options import make
 
 
 @job("bench")

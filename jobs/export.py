@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from mmray.cli import cluster, job, options
-from mmray.config import Columns, make
+from mmray.config import Columns
+from mmray.options import make
 
 predictions = click.option(
     "--predictions", "predictions_uri", required=True, metavar="URI", help="A finished output of label.py."

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mmray.cli import cluster, job, options
-from mmray.config import Columns, make
+from mmray.config import Columns
+from mmray.options import make
 
 if TYPE_CHECKING:
     from mmray.prepare import Prepared

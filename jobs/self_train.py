@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from mmray.cli import cluster, job, options
-from mmray.config import Columns, ComputeConfig, ModelConfig, SelfTrainConfig, TrainConfig, make
+from mmray.config import Columns, ComputeConfig, ModelConfig, SelfTrainConfig, TrainConfig
+from mmray.options import make
 
 
 @job("self_train")

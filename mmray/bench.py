@@ -15,10 +15,11 @@ from rich.table import Table
 
 from mmray.bundle import Bundle
 from mmray.columns import text_values
-from mmray.config import Columns, ComputeConfig, LabelConfig, ScoringConfig, make
+from mmray.config import Columns, ComputeConfig, LabelConfig, ScoringConfig
 from mmray.datasets import Rows
 from mmray.decoding import RowDecoder
 from mmray.fetch import fetch_images, image_values
+from mmray.options import make
 from mmray.parquet import DataFile, Unit, read_units
 from mmray.plan import Shard
 from mmray.pool import Pool

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmray.config import ModelConfig, from_json
+from mmray.config import ModelConfig
 from mmray.decisions import Calibration
 from mmray.errors import BundleError, ConfigError, DataError
 from mmray.fingerprints import fingerprint
+from mmray.options import from_json
 from mmray.schema import Vocabulary
 from mmray.storage import Folder
 

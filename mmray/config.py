@@ -6,16 +6,12 @@ Each field names its type, default and help once; `mmray.cli` makes the command 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from mmray.errors import ConfigError
+from mmray.options import option, require_choice, require_range
 from mmray.schema import KeptScores
 from mmray.uris import Prefixes
-
-Config = TypeVar("Config")
 
 SELECTIONS = ("class-aware", "confidence")
 AXES = (
@@ -25,11 +21,6 @@ AXES = (
 FUSIONS = ("image", "text", "logits", "concat", "cross-attention")
 TOWERS = ("image", "caption")
 LOSSES = ("bce", "weighted-bce", "focal", "asymmetric")
-
-
-def option(default: Any, help: str, *, choices: tuple[str, ...] = (), flag: str = "") -> Any:
-    """Declare a field together with what the command line needs to know of it."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "flag": flag})
 
 
 @dataclass(frozen=True)
@@ -88,6 +79,7 @@ class ModelConfig:
     width: int = option(256, "Width of the fusion.")
     num_heads: int = option(4, "Attention heads of the fusion.")
     dropout: float = option(0.1, "Dropout in the fusion.")
+    members: int = option(1, "Caption towers that learn apart; logits are averaged.")
     pretrained: bool = option(
         True,
         "Start from published weights; without, nothing touches the network.",
@@ -103,6 +95,9 @@ class ModelConfig:
         require_range("--dropout", self.dropout, 0, 0.95)
         if self.num_heads < 1 or self.width % self.num_heads:
             raise ConfigError(f"--width {self.width} cannot be shared by --num-heads {self.num_heads}")
+        require_range("--members", self.members, 1, 100)
+        if self.members > 1 and self.fusion == "image":
+            raise ConfigError("--members counts caption towers, and --fusion image has none")
 
 
 @dataclass(frozen=True)
@@ -115,9 +110,7 @@ class TrainConfig:
     weight_decay: float = option(0.05, "Decay of weights; norms and biases are spared.")
     warmup_epochs: float = option(1.0, "Epochs of linear warm-up, before the cosine.")
     clip_norm: float = option(1.0, "Largest norm of the gradient.")
-    ema_decay: float = option(
-        0.999, "Decay of the averaged weights, which are kept; at step n at most 1 - n^(-2/3); 0 is off."
-    )
+    ema_decay: float = option(0.999, "EMA decay of weights, <= 1-n^(-2/3) at step n; 0 is off.")
     patience: int = option(5, "Stop after so many epochs without a better sample F1.")
     loss: str = option("weighted-bce", "Training loss.", choices=LOSSES)
     crop: float = option(0.5, "Least share of the area that a crop keeps; 1 is off.")
@@ -163,7 +156,7 @@ class SelfTrainConfig:
     rounds: int = option(1, "Students in a row, each the next one's teacher.")
     select: str = option(
         "class-aware",
-        "As many of each label as expected, or the sure ones.",
+        "As many of each label as expected, or sure ones.",
         choices=SELECTIONS,
     )
     keep: float = option(0.8, "Share of the expected rows that class-aware takes.")
@@ -265,35 +258,3 @@ class LabelConfig(ScoringConfig):
         require_range("--max-failed-fraction", self.max_failed_fraction, 0, 1)
         if self.limit is not None:
             require_range("--limit", self.limit, 1, 10**15)
-
-
-def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise a ConfigError unless the value is one of the choices."""
-    if value not in choices:
-        raise ConfigError(f"{name} {value!r} is none of {', '.join(choices)}")
-
-
-def require_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise a ConfigError unless low <= value <= high."""
-    if not low <= value <= high:
-        raise ConfigError(f"{name} {value} is not between {low} and {high}")
-
-
-def make(kind: type[Config], values: Mapping[str, Any]) -> Config:
-    """Make a config from a larger set of values: takes its own fields and leaves the rest."""
-    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: value for name, value in values.items() if name in names})
-
-
-def from_json(kind: type[Config], record: Mapping[str, Any], where: str) -> Config:
-    """Make a config from a record that must match it field by field.
-
-    Raises:
-        ConfigError: a key is unknown; a newer mmray may have written it.
-    """
-    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if unknown := sorted(set(record) - names):
-        raise ConfigError(f"{where}: unknown keys {', '.join(unknown)}; a newer mmray may have written them")
-    return kind(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
-    )

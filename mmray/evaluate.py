@@ -12,10 +12,11 @@ import ray.data
 from rich.table import Table
 
 from mmray.bundle import Bundle
-from mmray.config import Columns, ComputeConfig, LabelConfig, ScoringConfig, make
+from mmray.config import Columns, ComputeConfig, LabelConfig, ScoringConfig
 from mmray.datasets import Rows
 from mmray.decisions import decide
 from mmray.metrics import Counts
+from mmray.options import make
 from mmray.pairing import Pairs
 from mmray.parcels import unpack
 from mmray.parquet import DataFile

@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmray.config import Columns, require_range
+from mmray.config import Columns
 from mmray.errors import ConfigError
 from mmray.files import file_place
 from mmray.label_studio import Question, form, tasks
 from mmray.looks import Reader
+from mmray.options import require_range
 from mmray.pairing import Pair, Pairs
 from mmray.parquet import find_files
 from mmray.picking import Pick, first_turns, take_first

@@ -106,7 +106,7 @@ class Learner:
         logits, told = outputs if self.with_words else (outputs, None)
         total = loss = self.loss(logits, targets, mask)
         if words is not None and told is not None:
-            total = loss + self.config.word_weight * word_loss(told, words) / logits.shape[1]
+            total = loss + self.config.word_weight * word_loss(told, words) / logits.shape[-1]
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.config.clip_norm)
@@ -117,7 +117,8 @@ class Learner:
         return loss.detach()
 
     def loss(self, logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-        """Compute the recipe's loss of logits (B, L): a float32 scalar."""
+        """Compute the recipe's loss of logits (B, L), or of M members' (M, B, L): a float32 scalar."""
+        targets, mask = targets.expand_as(logits), mask.expand_as(logits)
         if self.config.loss == "focal":
             return focal(logits, targets, mask)
         if self.config.loss == "asymmetric":

@@ -5,7 +5,7 @@ Shapes: B rows, S pixels a side, N image tokens (places of the feature map), T c
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmray.config import ModelConfig
-from mmray.towers import CaptionTower, ImageTower, create_caption_tower
+from mmray.towers import CaptionTower, CaptionTowers, ImageTower, create_caption_tower
 
 
 class Inputs(NamedTuple):
@@ -153,10 +153,37 @@ class CrossAttention(nn.Module):
         return tokens.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
+class Members(nn.Module):
+    """Heads that read a caption tower each, and share the image tower. They learn apart and answer together.
+
+    Source: Lakshminarayanan et al. 2017 (arXiv 1612.01474), deep ensembles. Ours: the image tower is shared,
+    and logits are averaged in place of scores.
+    """
+
+    def __init__(self, heads: Iterable[nn.Module]) -> None:
+        """Take the heads, of M members."""
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, image: Tensor | None, caption: Tensor, inputs: Inputs) -> Tensor:
+        """Fuse image tokens (B, N, C) and caption tokens (B, T, M * D).
+
+        Returns:
+            logits: (B, L), the members' mean; in training (M, B, L), so that each has a loss of its own.
+        """
+        captions = caption.chunk(len(self.heads), 2)
+        logits = torch.stack(
+            [fused(head, image, own, inputs) for head, own in zip(self.heads, captions, strict=True)]
+        )
+        return logits if self.training else logits.mean(0)
+
+
 class MultimodalModel(nn.Module):
     """Towers and what stands on them. A tower that the fusion does not use is not there."""
 
-    def __init__(self, image: ImageTower | None, caption: CaptionTower | None, head: nn.Module) -> None:
+    def __init__(
+        self, image: ImageTower | None, caption: CaptionTower | CaptionTowers | None, head: nn.Module
+    ) -> None:
         """Put the parts together."""
         super().__init__()
         self.image, self.caption, self.head = image, caption, head
@@ -173,13 +200,8 @@ class MultimodalModel(nn.Module):
         )
 
     def fuse(self, image: Tensor | None, caption: Tensor | None, inputs: Inputs) -> Tensor:
-        """Turn what the towers gave into logits (B, L)."""
-        if caption is None:
-            assert image is not None
-            return self.head(image.mean(1))
-        if image is None:
-            return self.head(masked_mean(caption, inputs.attention_mask))
-        return self.head(image, caption, inputs)
+        """Turn what the towers gave into logits (B, L); of several members in training, (M, B, L)."""
+        return fused(self.head, image, caption, inputs)
 
     def readings(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Turn a batch into logits (B, L), and those of the image and of the caption alone (B, 2, L).
@@ -225,18 +247,34 @@ def build_model(
     """
     fusion, bare = config.fusion, replace(config, pretrained=False)
     image = ImageTower(bare if "image" in donated else config) if fusion != "text" else None
+    if fusion == "image":
+        assert image is not None
+        return MultimodalModel(image, None, OneHead(image.width, num_labels, config.dropout))
     as_described = bare if "caption" in donated else config
-    caption = create_caption_tower(as_described, text_config) if fusion != "image" else None
-    if image is None or caption is None:
-        tower = image or caption
-        assert tower is not None
-        return MultimodalModel(image, caption, OneHead(tower.width, num_labels, config.dropout))
-    if fusion == "logits":
-        head: nn.Module = MeanOfLogits(image.width, caption.width, num_labels, config.dropout)
-    else:
-        kind = Concat if fusion == "concat" else CrossAttention
-        head = kind(image.width, caption.width, num_labels, config)
-    return MultimodalModel(image, caption, head)
+    captions = [create_caption_tower(as_described, text_config) for _ in range(config.members)]
+    heads = [_head(config, image, caption, num_labels) for caption in captions]
+    if config.members == 1:
+        return MultimodalModel(image, *captions, *heads)
+    return MultimodalModel(image, CaptionTowers(captions), Members(heads))
+
+
+def _head(config: ModelConfig, image: ImageTower | None, caption: CaptionTower, num_labels: int) -> nn.Module:
+    if image is None:
+        return OneHead(caption.width, num_labels, config.dropout)
+    if config.fusion == "logits":
+        return MeanOfLogits(image.width, caption.width, num_labels, config.dropout)
+    kind = Concat if config.fusion == "concat" else CrossAttention
+    return kind(image.width, caption.width, num_labels, config)
+
+
+def fused(head: nn.Module, image: Tensor | None, caption: Tensor | None, inputs: Inputs) -> Tensor:
+    """Let a head turn image tokens (B, N, C) and caption tokens (B, T, D) into logits; one may be None."""
+    if caption is None:
+        assert image is not None
+        return head(image.mean(1))
+    if image is None and not isinstance(head, Members):
+        return head(masked_mean(caption, inputs.attention_mask))
+    return head(image, caption, inputs)
 
 
 def masked_mean(tokens: Tensor, mask: Tensor) -> Tensor:

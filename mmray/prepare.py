@@ -25,10 +25,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
 
-from mmray.config import require_range
 from mmray.errors import DataError, OutputError
 from mmray.files import read_text
 from mmray.images import decode_image
+from mmray.options import require_range
 from mmray.schema import CANONICAL_SCHEMA, Label
 from mmray.storage import Folder
 

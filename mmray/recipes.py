@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from mmray.config import ModelConfig, TrainConfig, make
+from mmray.config import ModelConfig, TrainConfig
 from mmray.errors import ConfigError
+from mmray.options import make
 
 SUFFIXES = (".yaml", ".yml")
 NOTHING = ("", "~", "null")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import socket
+from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 from urllib.parse import urlsplit
@@ -63,6 +64,19 @@ class CaptionTower(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Turn ids (B, T) into tokens (B, T, C)."""
         return self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+
+class CaptionTowers(nn.Module):
+    """A caption tower for each of M members."""
+
+    def __init__(self, towers: Iterable[CaptionTower]) -> None:
+        """Take the towers."""
+        super().__init__()
+        self.towers = nn.ModuleList(towers)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Turn ids (B, T) into all towers' tokens, side by side: (B, T, M * C)."""
+        return torch.cat([tower(input_ids, attention_mask) for tower in self.towers], 2)
 
 
 def describe_encoder(config: ModelConfig, vocabulary_size: int = 0) -> dict[str, Any]:

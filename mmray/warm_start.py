@@ -14,7 +14,7 @@ from mmray.model import MultimodalModel
 from mmray.recipes import is_recipe, read_stage
 from mmray.schema import Vocabulary
 
-SAME_HEAD = ("fusion", "vision", "text", "width", "num_heads")
+SAME_HEAD = ("fusion", "vision", "text", "width", "num_heads", "members")
 """Settings in which models must agree before one's head fits the other."""
 
 
@@ -52,6 +52,10 @@ def given_parts(config: ModelConfig, theirs: ModelConfig, name: str) -> set[str]
         ours, its = getattr(config, tower), getattr(theirs, tower)
         if its != ours:
             raise ConfigError(f"--init {name} has the tower {its}, not {ours}; use --{tower} {its}")
+        if part == "caption" and theirs.members != config.members:
+            raise ConfigError(
+                f"--init {name} has {theirs.members} caption towers; use --members {theirs.members}"
+            )
         found.add(part)
     if not found:
         raise ConfigError(f"--init {name} ({theirs.fusion}) has no tower that --fusion {config.fusion} uses")

@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from mmray.cli import VERBOSE, at_edge, cluster, job, options
-from mmray.config import option
 from mmray.errors import BudgetError, ConfigError, DataError, MmrayError, find_error
+from mmray.options import option
 
 REPOSITORY = Path(__file__).parents[2]
 JOBS = sorted(path.name for path in (REPOSITORY / "jobs").glob("*.py"))

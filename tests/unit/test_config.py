@@ -16,11 +16,10 @@ from mmray.config import (
     ScoringConfig,
     TrainConfig,
     Workers,
-    from_json,
-    make,
 )
 from mmray.errors import ConfigError
 from mmray.fingerprints import differences, fingerprint
+from mmray.options import from_json, make
 
 light = settings(deadline=None, max_examples=100)
 

@@ -13,7 +13,7 @@ HOUSE = Path(__file__).parents[2] / "mmray"
 
 FLOORS = [
     # 0: the contract
-    ["errors", "faults", "schema", "columns", "uris", "config", "fingerprints", "recipes"],
+    ["errors", "faults", "schema", "columns", "uris", "options", "config", "fingerprints", "recipes"],
     # 1: everything that works without Ray
     [
         *(

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmray.config import FUSIONS, ModelConfig, TrainConfig
+from mmray.config import FUSIONS, LOSSES, ModelConfig, TrainConfig
 from mmray.learner import BASE_BATCH_SIZE, Learner, drop_modalities, drop_words, freeze_unused
 from mmray.losses import asymmetric, binary_cross_entropy, focal
 from mmray.model import Inputs, build_model
@@ -80,6 +80,16 @@ def test_the_loss_of_a_batch_falls_as_it_is_learned(fusion):
     assert np.mean(losses[-3:]) < 0.5 * np.mean(losses[:3])
     inputs, targets, _ = batch()
     assert ((learning.readings(inputs)[0] > 0) == targets.numpy().astype(bool)).mean() > 0.9
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_members_have_the_mean_of_their_losses(loss):
+    model, (inputs, targets, mask) = built(members=2), batch()
+    mask = mask & (torch.arange(NUM_LABELS) != 1)
+    learning = learner(replace(TRAIN, loss=loss), model=model)
+    logits = model.train()(inputs).detach()
+    each = [learning.loss(one, targets, mask) for one in logits]
+    assert learning.loss(logits, targets, mask).item() == pytest.approx(sum(each).item() / 2, rel=1e-5)
 
 
 def rates(learning, num_steps):

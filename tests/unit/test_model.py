@@ -8,7 +8,7 @@ from huggingface_hub import constants
 
 from mmray.config import FUSIONS, ModelConfig
 from mmray.errors import ConfigError
-from mmray.model import Inputs, build_model, masked_mean
+from mmray.model import Inputs, MultimodalModel, build_model, masked_mean
 from mmray.towers import describe_encoder
 
 NUM_LABELS = 5
@@ -128,6 +128,38 @@ def test_neighbours_change_no_logit(models, fusion):
     inputs = batch()
     one_by_one = [models[fusion](Inputs(*(part[row : row + 1] for part in inputs))) for row in range(4)]
     assert torch.allclose(torch.cat(one_by_one), models[fusion](inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize("fusion", [fusion for fusion in FUSIONS if fusion != "image"])
+def test_members_answer_together_and_learn_apart(fusion):
+    model, inputs = built(fusion=fusion, members=3, dropout=0.0), batch()
+    assert model(inputs).shape == (4, NUM_LABELS)
+    apart = model.train().requires_grad_(True)(inputs)
+    assert apart.shape == (3, 4, NUM_LABELS)
+    assert (apart[0] - apart[1]).abs().min() > 0
+    apart[1].sum().backward()
+    learned = {
+        name.split(".")[2]
+        for name, weight in model.named_parameters()
+        if not name.startswith("image") and weight.grad is not None and weight.grad.any()
+    }
+    assert learned == {"1"}
+    if model.image:
+        assert any(weight.grad is not None and weight.grad.any() for weight in model.image.parameters())
+
+
+@pytest.mark.parametrize("fusion", ["text", "cross-attention"])
+def test_each_member_is_a_model_of_its_own(fusion):
+    model, inputs = built(fusion=fusion, members=2), batch()
+    alone = [
+        MultimodalModel(model.image, tower, head)
+        for tower, head in zip(model.caption.towers, model.head.heads, strict=True)
+    ]
+    assert torch.allclose(model(inputs), (alone[0](inputs) + alone[1](inputs)) / 2, atol=1e-6)
+    if model.image:
+        for name, mine in zip(("both", "alone"), model.readings(inputs), strict=True):
+            theirs = [dict(zip(("both", "alone"), one.readings(inputs), strict=True))[name] for one in alone]
+            assert torch.allclose(mine, (theirs[0] + theirs[1]) / 2, atol=1e-6)
 
 
 def test_the_mean_of_logits_is_that_of_the_modalities_that_are_there(models):

@@ -68,7 +68,11 @@ def test_stages_are_held_before_the_first_is_trained(recipe):
     with pytest.raises(ConfigError, match="has the tower resnet18, not resnet34"):
         check_stages(ModelConfig(vision="resnet34"), train)
     check_stages(ModelConfig(vision="resnet18"), train)
+    train = TrainConfig(init=(recipe("fusion: text\nmembers: 2\n"),))
+    with pytest.raises(ConfigError, match="has 2 caption towers; use --members 2"):
+        check_stages(ModelConfig(vision="resnet18"), train)
     recipe("fusion: image\nvision: resnet18\ninit: stage.yaml\n")
+    train = TrainConfig(init=(recipe("fusion: image\nvision: resnet18\ninit: stage.yaml\n"),))
     with pytest.raises(ConfigError, match="'stage' comes before it already"):
         check_stages(ModelConfig(vision="resnet18"), train)
 

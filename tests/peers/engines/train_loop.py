@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mmray.bundle import Bundle
-from mmray.config import TrainConfig, from_json
+from mmray.config import TrainConfig
 from mmray.datasets import decode_rows
 from mmray.images import Augmentation
 from mmray.learner import Learner, freeze_unused
+from mmray.options import from_json
 from mmray.selection import as_lists
 from mmray.start import RECIPE
 from mmray.storage import Folder
