@@ -51,7 +51,9 @@ def variants_of(base: Experiment, config: AblationConfig) -> Iterator[Variant]:
     model, train = base.model, base.train
     if "fusion" in config.axes:
         for fusion in FUSIONS:
-            yield Variant("fusion", fusion, replace(base, model=replace(model, fusion=fusion)))
+            members = 1 if fusion == "image" else model.members
+            changed = replace(base, model=replace(model, fusion=fusion, members=members))
+            yield Variant("fusion", fusion, changed)
     if "loss" in config.axes:
         for loss in LOSSES:
             yield Variant("loss", loss, replace(base, train=replace(train, loss=loss)))

@@ -46,6 +46,13 @@ def test_what_a_model_of_one_tower_cannot_be_asked_is_left_out():
     assert "no image" in {variant.reading for variant in variants_of(BASE, EVERYTHING)}
 
 
+def test_a_model_of_images_alone_has_no_members_beside_those_that_do():
+    base = replace(BASE, model=replace(BASE.model, members=3))
+    variants = variants_of(base, AblationConfig(axes=("fusion",)))
+    members = {variant.value: variant.experiment.model.members for variant in variants}
+    assert members == {"image": 1} | dict.fromkeys(("text", "logits", "concat", "cross-attention"), 3)
+
+
 def test_experiments_that_are_equal_share_a_run_and_seeds_do_not():
     names = [
         seeded.name() for each in variants_of(BASE, EVERYTHING) for seeded in of_all_seeds(each.experiment, 2)
