@@ -17,7 +17,7 @@ from mmray.bundle import Bundle
 from mmray.columns import text_values
 from mmray.config import Columns, ComputeConfig, LabelConfig, ScoringConfig
 from mmray.datasets import Rows
-from mmray.decoding import RowDecoder
+from mmray.decoding import Image, Row, RowDecoder
 from mmray.fetch import fetch_images, image_values
 from mmray.options import make
 from mmray.parquet import DataFile, Unit, read_units
@@ -150,16 +150,18 @@ def measure(
     images = [image for table in tables for image in image_values(table[columns.image])]
     captions = [caption for table in tables for caption in text_values(table[columns.caption])]
     labeled = TableLabeler(labeler, columns, KeptScores.parse(config.scores))(tables[0])
-    # Beside the model threads decode, in a pool processes: what a CPU gets done is not the same.
-    num_threads = pool.num_threads if config.decode == "beside" else 1
-    decoder = RowDecoder(bundle.model_config.fusion, bundle.model_config.image_size, num_threads)
-    decoded, decode_s = _timed(lambda: decoder.submit(images, captions)())
-    shown = images if on_gpu else decoded
+    shown: Sequence[Image | Row] = images
+    decode_s, num_threads = 0.0, 0
+    if not on_gpu:
+        # Beside the model threads decode, in a pool processes: what a CPU gets done is not the same.
+        num_threads = pool.num_threads if config.decode == "beside" else 1
+        decoder = RowDecoder(bundle.model_config.fusion, bundle.model_config.image_size, num_threads)
+        shown, decode_s = _timed(lambda: decoder.submit(images, captions)())
     model_s = min(_timed(lambda: labeler(shown, captions))[1] for _ in range(MODEL_REPEATS))
     num_rows = len(images)
     return Costs(
         read_s / num_rows,
-        0.0 if on_gpu else decode_s * num_threads / num_rows,
+        decode_s * num_threads / num_rows,
         model_s / num_rows,
         _write(labeled, units[0][0], scratch_uri) / labeled.num_rows,
         start_s,

@@ -55,7 +55,7 @@ class Bundle:
         """Sum up all that a prediction depends on."""
         return fingerprint(
             {
-                "model": asdict(self.model_config),
+                "model": self.model_config.record(),
                 "text": self.text_config,
                 "labels": list(self.vocabulary.labels),
                 **_decision(self.thresholds, self.calibration),

@@ -32,7 +32,7 @@ def model_card(model: ModelConfig, metrics: dict[str, Any]) -> str:
         f"Labels images with captions: {len(metrics['by_label'])} labels, several a row. Made by mmray "
         f"{version('mmray')}.",
         f"- Image tower {model.vision} at {model.image_size} px, caption tower {model.text}, fusion "
-        f"{model.fusion}.\n"
+        f"{model.fusion}{_members(model)}.\n"
         f"- Trained on {training['num_rows']:,} rows of {' and '.join(training['datasets'])}, "
         f"{training['num_labeled']:,} of them with labels of their own; epoch {metrics['epoch']} of "
         f"{len(metrics['history'])} was the best.{_origin(training['init'])}",
@@ -49,6 +49,10 @@ def model_card(model: ModelConfig, metrics: dict[str, Any]) -> str:
         "    python jobs/label.py --input DATA --model THIS_FOLDER --output LABELED",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _members(model: ModelConfig) -> str:
+    return f"; {model.members} caption towers, whose logits are averaged" if model.members > 1 else ""
 
 
 def _origin(donors: dict[str, str]) -> str:

@@ -6,7 +6,8 @@ Each field names its type, default and help once; `mmray.cli` makes the command 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from mmray.errors import ConfigError
 from mmray.options import option, require_choice, require_range
@@ -98,6 +99,13 @@ class ModelConfig:
         require_range("--members", self.members, 1, 100)
         if self.members > 1 and self.fusion == "image":
             raise ConfigError("--members counts caption towers, and --fusion image has none")
+
+    def record(self) -> dict[str, Any]:
+        """Give it as JSON that sums up to the same as before an option came, where that is left alone."""
+        record = asdict(self)
+        if self.members == 1:
+            del record["members"]
+        return record
 
 
 @dataclass(frozen=True)
@@ -228,7 +236,7 @@ class ScoringConfig:
     decode: str | None = option(
         None,
         "Where images are decoded [default: in a pool from 8 CPUs for each GPU on, else beside the model]; "
-        "gpu takes plain JPEGs, with slightly other pixels.",
+        "gpu decodes plain JPEGs, to somewhat other pixels.",
         choices=("beside", "pool", "gpu"),
     )
     compiled: bool = option(

@@ -1,7 +1,7 @@
 """Decoding in a pool of its own: actors wherever the cluster has CPUs, for models that outrun a few threads.
 
-Threads beside the model share its interpreter: 16 of them decoded 1,400 images/s where as many processes
-decoded 3,300, and EfficientNet-B4 on an H200 takes 4,000 (`tests/peers/gpu.py`). But pixels, unlike encoded
+Threads beside the model share its interpreter: 16 of them decoded 1,300 images/s where as many processes
+decoded 3,500, and EfficientNet-B4 on an H200 takes 3,900 (`tests/peers/gpu.py`). But pixels, unlike encoded
 images, have to travel: 433 kB an image at 380 px.
 """
 

@@ -6,16 +6,20 @@ another way, and it always decodes at full size.
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from mmray.decoding import Image, Row, RowDecoder, Waiting, described
+from mmray.errors import ConfigError
 from mmray.images import LARGE_PIXELS
 from mmray.jpeg import plain_size
 from mmray.predictor import DeviceError
@@ -23,7 +27,7 @@ from mmray.predictor import DeviceError
 log = logging.getLogger(__name__)
 
 PIXELS_AT_ONCE = 2 * LARGE_PIXELS
-"""Of images that are decoded together: 96 MB on the GPU, and 768 at most while they are resized."""
+"""Of images that are decoded together: 96 MB on the GPU, and 768 more at most while they are resized."""
 
 Encoded = tuple[bytes, int]
 """An image, and how many pixels it has."""
@@ -33,10 +37,19 @@ class GpuDecoder:
     """Decodes rows as `RowDecoder` does, to which it leaves all but plain JPEGs, and what the GPU refuses."""
 
     def __init__(self, rows: RowDecoder, device: torch.device) -> None:
-        """Take what decodes the others, and a GPU; tests take a CPU."""
+        """Take what decodes the others, and a GPU; tests take a CPU.
+
+        Raises:
+            ConfigError: torchvision cannot decode on it.
+        """
         self.rows, self.device = rows, device
         self.thread = ThreadPoolExecutor(1, "decode on the GPU")
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.has_warned = False
+        try:
+            decode_jpeg([_as_tensor(_smallest())], ImageReadMode.RGB, device)
+        except RuntimeError as error:
+            raise ConfigError(f"--decode gpu: torchvision decodes no JPEG on {device}: {error}") from None
 
     def submit(self, images: Sequence[Image | Row], captions: Sequence[str | None]) -> Waiting:
         """Begin to decode some rows; what has been decoded before stays as it is.
@@ -75,21 +88,36 @@ class GpuDecoder:
 
     def _squares(self, images: list[bytes]) -> list[Tensor | None]:
         try:
-            bytes_of = [torch.frombuffer(bytearray(image), dtype=torch.uint8) for image in images]
-            squares = self._resized(decode_jpeg(bytes_of, ImageReadMode.RGB, self.device))
-            # torchvision takes memory that this stream freed, and does not wait for what still reads it.
-            if self.stream:
-                self.stream.synchronize()
-            return list(squares)
+            decoded = decode_jpeg([*map(_as_tensor, images)], ImageReadMode.RGB, self.device)
+            squares: list[Tensor | None] = [*self._resized(decoded)]
+            self._synchronize()
+            return squares
         except torch.AcceleratorError as error:
             raise DeviceError(str(error)) from error
         except RuntimeError as error:  # names none of the images; or they do not fit into the GPU's memory
-            reason = error
+            reason = str(error)  # not the error, which holds what was decoded
+        self._synchronize()
         if len(images) == 1:
-            log.debug("an image is decoded beside the GPU: %s", reason)
+            self._warn(reason)
             return [None]
         half = len(images) // 2
         return self._squares(images[:half]) + self._squares(images[half:])
+
+    def _synchronize(self) -> None:
+        """Wait for the GPU: torchvision takes memory that this stream freed, whatever still works on it.
+
+        Source: https://github.com/pytorch/vision/pull/9606.
+        """
+        if self.stream:
+            try:
+                self.stream.synchronize()
+            except torch.AcceleratorError as error:
+                raise DeviceError(str(error)) from error
+
+    def _warn(self, reason: str) -> None:
+        if not self.has_warned:
+            log.warning("the GPU refuses an image, which is decoded beside it, as others may be: %s", reason)
+        self.has_warned = True
 
     def _resized(self, images: Sequence[Tensor]) -> Tensor:
         """Squeeze images, uint8 (3, H, W), to squares, uint8 (B, S, S, 3), as `decode_image` does."""
@@ -101,6 +129,39 @@ class GpuDecoder:
             ]
         )
         return squares.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def on_device(pixels: Sequence[np.ndarray | Tensor | None], size_px: int, device: torch.device) -> Tensor:
+    """Put squares together on the GPU that decoded some of them: uint8 (B, S, S, 3).
+
+    Whoever gave them holds them until the result has been used, or their memory might be taken before.
+
+    Raises:
+        torch.OutOfMemoryError: they do not fit once more into the GPU's memory.
+        DeviceError: the GPU fails for good.
+    """
+    decoded = {place: each for place, each in enumerate(pixels) if isinstance(each, Tensor)}
+    others = {place: each for place, each in enumerate(pixels) if isinstance(each, np.ndarray)}
+    try:
+        images = torch.zeros(len(pixels), size_px, size_px, 3, dtype=torch.uint8, device=device)
+        images[[*decoded]] = torch.stack([*decoded.values()])
+        if others:
+            host = torch.from_numpy(np.stack([*others.values()]))
+            pinned = host.pin_memory() if device.type == "cuda" else host
+            images[[*others]] = pinned.to(device, non_blocking=True)
+    except torch.AcceleratorError as error:
+        raise DeviceError(str(error)) from error
+    return images
+
+
+def _as_tensor(image: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(image), dtype=torch.uint8)
+
+
+def _smallest() -> bytes:
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8)).save(file, "JPEG")
+    return file.getvalue()
 
 
 def _plain(images: Sequence[Image | Row]) -> dict[int, Encoded]:

@@ -22,7 +22,8 @@ DECODER = "pillow-1"
 """Names the pixels that `decode_image` gives. Part of the fingerprint: change it when they change."""
 
 GPU_DECODER = "nvjpeg-1"
-"""Names those that `mmray.gpu_decoding` gives."""
+"""Names those that `mmray.gpu_decoding` gives: the GPU's of most JPEGs, and Pillow's of all else;
+Pillow's, too, where the successor of a worker that died decodes."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 """What web archives hold. Pillow knows more, some of it by calling other programs."""

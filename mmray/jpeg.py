@@ -1,16 +1,20 @@
-"""What a JPEG's headers tell, without decoding it: whether any decoder shows it as `decode_image` does."""
+"""What a JPEG's headers tell, without decoding it: how large it is, and whether it has any peculiarity."""
 
 from __future__ import annotations
 
 from PIL import Image
 
-_EXIF, _ADOBE, _SCAN = 0xE1, 0xEE, 0xDA
+_APP0, _APP1, _APP14, _SCAN = 0xE0, 0xE1, 0xEE, 0xDA
 _TABLES = {0xDB, 0xC4}
 """Of quantization, and of Huffman codes. Decoders differ in what they make of a JPEG that lacks one."""
 
-_FRAMES = (0xC0, 0xC1, 0xC2)
+_FRAMES = {0xC0, 0xC1, 0xC2}
 """Baseline, extended and progressive, all Huffman-coded."""
 
+_KNOWN = {*_TABLES, *_FRAMES, *range(0xE0, 0xF0), 0xDD, 0xFE}
+"""What else is between start and scan: applications' segments, the restart interval, comments."""
+
+_JFIF_BYTES = 14
 _ORIENTATION = 0x0112
 _YCBCR = 1
 """Adobe's number for it; others stand for RGB and CMYK."""
@@ -19,8 +23,8 @@ _YCBCR = 1
 def plain_size(data: bytes) -> tuple[int, int] | None:
     """Give width and height of a plain JPEG; None of anything else.
 
-    Plain is what leaves no room for opinion: complete from its tables to its end marker, of 8 bits, grey or
-    YCbCr, upright. Source: ITU-T T.81, annex B.
+    Plain is what decoders hardly differ about: complete from its tables to its end marker, of one frame, of 8
+    bits, grey or YCbCr, upright. What its scans hold is not looked at. Source: ITU-T T.81, annex B.
     """
     if not (data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")):
         return None
@@ -34,15 +38,22 @@ def plain_size(data: bytes) -> tuple[int, int] | None:
         if marker == _SCAN:
             return size if seen >= _TABLES else None
         segment = data[at + 4 : at + 2 + length]
+        again = marker in _FRAMES and seen & _FRAMES
+        if marker not in _KNOWN or again or length < 2 or _is_peculiar(marker, segment):
+            return None
         if marker in _FRAMES:
             size = _plain_frame(segment)
-        turned = marker == _EXIF and not _is_upright(segment)
-        coloured = marker == _ADOBE and segment[:5] == b"Adobe" and segment[11:12] != bytes([_YCBCR])
-        if turned or coloured or length < 2:
-            return None
         seen.add(marker)
         at += 2 + length
     return None
+
+
+def _is_peculiar(marker: int, segment: bytes) -> bool:
+    if marker == _APP0:
+        return segment.startswith(b"JFIF") and len(segment) < _JFIF_BYTES
+    if marker == _APP1:  # Pillow finds an orientation in XMP, too
+        return b"tiff:Orientation" in segment or not _is_upright(segment)
+    return marker == _APP14 and segment[:5] == b"Adobe" and segment[11:12] != bytes([_YCBCR])
 
 
 def _plain_frame(segment: bytes) -> tuple[int, int] | None:

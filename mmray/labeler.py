@@ -79,7 +79,7 @@ class Labeler:
             compiled: compile the image tower first, by `torch.compile`.
             num_threads: decoding threads [default: torch's own number of threads].
             decode: what decodes a row, and keeps its own time [default: `decode_row`].
-            decode_on_gpu: let the GPU decode plain JPEGs: faster, and its pixels are a little different.
+            decode_on_gpu: let the GPU decode plain JPEGs, which gives somewhat other pixels.
 
         Raises:
             BundleError: the weights are damaged or belong to another model.
@@ -212,16 +212,18 @@ def make_inputs(
 def _together(
     pixels: Sequence[np.ndarray | Tensor | None], size_px: int, device: torch.device | None
 ) -> Tensor:
-    """Put images into one tensor, uint8 (B, S, S, 3)."""
-    shape = len(pixels), size_px, size_px, 3
-    if not any(isinstance(image, Tensor) for image in pixels):
-        images = torch.empty(shape, dtype=torch.uint8, pin_memory=bool(device and device.type == "cuda"))
-        places = images.numpy()
-        for index, image in enumerate(pixels):
-            places[index] = 0 if image is None else image
-        return images
-    blank = torch.zeros(shape[1:], dtype=torch.uint8, device=device)
-    squares = (blank if image is None else image for image in pixels)
-    return torch.stack(
-        [image if isinstance(image, Tensor) else torch.tensor(image, device=device) for image in squares]
-    )
+    """Put images into one tensor, uint8 (B, S, S, 3): on the device if some are there and all have room."""
+    if any(isinstance(image, Tensor) for image in pixels):
+        from mmray.gpu_decoding import on_device
+
+        assert device is not None
+        try:
+            return on_device(pixels, size_px, device)
+        except torch.OutOfMemoryError:  # the predictor halves what comes from the host
+            pixels = [image.numpy(force=True) if isinstance(image, Tensor) else image for image in pixels]
+    pinned = device is not None and device.type == "cuda"
+    images = torch.empty(len(pixels), size_px, size_px, 3, dtype=torch.uint8, pin_memory=pinned)
+    places = images.numpy()
+    for index, image in enumerate(pixels):
+        places[index] = 0 if image is None else image
+    return images

@@ -157,7 +157,8 @@ class Members(nn.Module):
     """Heads that read a caption tower each, and share the image tower. They learn apart and answer together.
 
     Source: Lakshminarayanan et al. 2017 (arXiv 1612.01474), deep ensembles. Ours: the image tower is shared,
-    and logits are averaged in place of scores.
+    and logits are averaged in place of scores. With published weights caption towers start alike, and only
+    the heads and dropout tell them apart.
     """
 
     def __init__(self, heads: Iterable[nn.Module]) -> None:

@@ -150,6 +150,7 @@ def _require_usable(schema: pa.Schema, columns: Columns, where: str) -> dict[str
 
 def labeling_settings(bundle: Bundle, columns: Columns, config: LabelConfig) -> dict[str, Any]:
     """Give all that the labels depend on. Workers, batch size, device and budget are not among it."""
+    on_gpu = config.decode == "gpu" and bundle.model_config.fusion != "text"
     return {
         "bundle": bundle.fingerprint,
         "labels": list(bundle.vocabulary.labels),
@@ -157,7 +158,7 @@ def labeling_settings(bundle: Bundle, columns: Columns, config: LabelConfig) -> 
         "columns": {"image": columns.image, "caption": columns.caption},
         "image_prefixes": sorted(columns.image_prefixes),
         "image_size": bundle.model_config.image_size,
-        "decoder": GPU_DECODER if config.decode == "gpu" else DECODER,
+        "decoder": GPU_DECODER if on_gpu else DECODER,
         "precision": config.precision,
         "flip": config.flip,
         "scores": config.scores,

@@ -33,7 +33,8 @@ class Experiment:
 
     def name(self) -> str:
         """Name its folder: equal experiments, whatever axis they stand on, share a run."""
-        return f"{self.model.fusion}-{self.train.loss}-{self.train.seed}-{fingerprint(asdict(self))}"
+        record = asdict(self) | {"model": self.model.record()}
+        return f"{self.model.fusion}-{self.train.loss}-{self.train.seed}-{fingerprint(record)}"
 
 
 class Variant(NamedTuple):

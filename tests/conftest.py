@@ -91,12 +91,14 @@ def s3_socket() -> socket.socket:
 
 @pytest.fixture(scope="session")
 def make_bundle(draw_rows: Callable[..., pa.Table]) -> Callable[..., str]:
-    """Give `make(folder, labels=..., fusion=...) -> its path`: a tiny bundle that was never trained.
+    """Give `make(folder, labels=…, fusion=…, members=…) -> its path`: a tiny bundle that was never trained.
 
     Its thresholds are such that each label is decided for some rows, and none for some others.
     """
 
-    def make(folder: Path, labels: tuple[Any, ...] = LABELS, fusion: str = "cross-attention") -> str:
+    def make(
+        folder: Path, labels: tuple[Any, ...] = LABELS, fusion: str = "cross-attention", members: int = 1
+    ) -> str:
         import torch
 
         from mmray.bundle import save_bundle, tokenizer_files
@@ -113,6 +115,7 @@ def make_bundle(draw_rows: Callable[..., pa.Table]) -> Callable[..., str]:
             vision="test_efficientnet",
             text="bert_uncased_L-1_H-32_A-2",
             fusion=fusion,
+            members=members,
             image_size=32,
             max_tokens=16,
             width=32,

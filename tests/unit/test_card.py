@@ -43,6 +43,7 @@ def test_it_tells_what_a_user_must_know():
         "jobs/label.py --input DATA",
     ):
         assert words in card
+    assert "; 3 caption towers" in model_card(ModelConfig(pretrained=False, members=3), metrics)
 
 
 def test_a_model_of_one_modality_has_one_line():

@@ -70,6 +70,7 @@ def test_grey_is_grey(decoder):
     Image.open(io.BytesIO(encoded(0))).convert("L").save(buffer, "JPEG")
     (row,) = decoder.submit([buffer.getvalue()], [None])()
     pixels = on_host(row).astype(int)
+    assert pixels.shape == (SIZE_PX, SIZE_PX, 3)
     assert np.ptp(pixels, axis=2).max() == 0
     assert np.abs(pixels - decode_image(buffer.getvalue(), SIZE_PX)).mean() < 1
 

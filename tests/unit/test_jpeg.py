@@ -25,6 +25,7 @@ def turned(orientation):
 
 
 JPEG = encoded()
+FRAME = JPEG[JPEG.index(b"\xff\xc0") :][:19]
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,10 @@ def test_plain_jpegs_tell_their_size(settings):
         encoded(exif=turned(6)),
         JPEG[:-2],
         JPEG[:100] + b"\xff\xd9",
+        encoded(xmp=b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"/>'),
+        JPEG.replace(FRAME, FRAME * 2),
+        JPEG[:4] + b"\x00\x07" + JPEG[6:],
+        JPEG[:2] + b"\xff\x01\x00\x02" + JPEG[2:],
         JPEG.replace(b"\xff\xdb", b"\xff\xfe"),
         JPEG.replace(b"\xff\xc4", b"\xff\xfe"),
         JPEG.replace(b"\xff\xc0", b"\xff\xc9"),

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from mmray import gpu_decoding
 from mmray.bundle import save_bundle, tokenizer_files
 from mmray.captions import tokenize, train_tokenizer
 from mmray.config import FUSIONS, Columns, ModelConfig
 from mmray.decisions import Calibration, decide
 from mmray.decoding import HungError, RowDecoder, decode_row
 from mmray.errors import BundleError, ConfigError
-from mmray.gpu_decoding import GpuDecoder
 from mmray.images import decode_image
 from mmray.labeler import Labeler, make_inputs
 from mmray.model import build_model
@@ -353,12 +353,19 @@ def test_what_is_hidden_is_as_if_it_were_not_there(labelers, hidden):
         assert hiding(table(IMAGES, CAPTIONS))[name].to_pylist() == shown[name].to_pylist()
 
 
-def test_images_from_both_decoders_meet_in_a_batch(labelers, monkeypatch):
+@pytest.mark.parametrize("full", [False, True])
+def test_images_from_both_decoders_meet_in_a_batch(labelers, monkeypatch, full):
+    def no_room(*given):
+        raise torch.OutOfMemoryError("as on a GPU that is full")
+
+    if full:
+        monkeypatch.setattr(gpu_decoding, "on_device", no_room)
     images, captions = [JPEG, IMAGES[1], None, TEXT, JPEG], [*CAPTIONS, None]
     for fusion in FUSIONS:
         labeler = labelers[fusion]
         beside = labeler(images, captions)
-        monkeypatch.setattr(labeler, "decoder", GpuDecoder(labeler.decoder, torch.device("cpu")))
+        decoder = gpu_decoding.GpuDecoder(labeler.decoder, torch.device("cpu"))
+        monkeypatch.setattr(labeler, "decoder", decoder)
         together = labeler(images, captions)
         assert (together.statuses, together.errors) == (beside.statuses, beside.errors)
         assert np.allclose(together.scores, beside.scores, atol=0.02)

@@ -54,6 +54,12 @@ def test_scores_decisions_and_metadata_are_the_bundles_own(bundle_uri, rows):
     assert (known["image_size"], known["max_tokens"]) == ("32", "16")
 
 
+def test_members_answer_together(make_bundle, rows, tmp_path):
+    bundle = Bundle.load(make_bundle(tmp_path / "bundle", members=2))
+    (scores,) = run(to_onnx(bundle), bundle, *rows)
+    assert np.abs(scores - Labeler(bundle)(*rows).scores).max() <= 1e-4
+
+
 def test_a_model_of_one_modality_takes_its_inputs_alone(make_bundle, rows, tmp_path):
     bundle = Bundle.load(make_bundle(tmp_path / "bundle", fusion="text"))
     images, captions = ([value for row, value in enumerate(part) if row not in (1, 2)] for part in rows)

@@ -9,9 +9,10 @@ import pytest
 from mmray.bundle import Bundle
 from mmray.config import Columns, LabelConfig
 from mmray.errors import DataError
+from mmray.fingerprints import differences
 from mmray.parquet import find_files
 from mmray.plan import Plan, find_work
-from mmray.planning import plan_labeling
+from mmray.planning import labeling_settings, plan_labeling
 from mmray.storage import Folder
 
 
@@ -25,6 +26,18 @@ def plan(source, output, bundle_uri, **settings):
     folder, files = find_files(str(source))
     config = LabelConfig(precision="fp32", **settings)
     return plan_labeling(folder, files, Bundle.load(bundle_uri), Folder(str(output)), Columns(), config)
+
+
+def test_labels_of_a_gpus_pixels_are_kept_apart_from_others(make_bundle, bundle_uri, tmp_path):
+    def settings(uri, place):
+        return labeling_settings(Bundle.load(uri), Columns(), LabelConfig(precision="fp32", decode=place))
+
+    assert settings(bundle_uri, "pool") == settings(bundle_uri, "beside")
+    assert differences(settings(bundle_uri, "pool"), settings(bundle_uri, "gpu")) == [
+        "decoder: 'pillow-1' -> 'nvjpeg-1'"
+    ]
+    captions = make_bundle(tmp_path / "captions", fusion="text")
+    assert settings(captions, "gpu") == settings(captions, "pool")
 
 
 def test_ten_thousand_tiny_files_are_planned_each_with_its_row(draw_rows, bundle_uri, tmp_path):
