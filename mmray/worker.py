@@ -205,7 +205,10 @@ class Collate(NumpyBatchCollateFn):
         """Turn what `decode_rows` gave into the parts of `Inputs`, `targets` and `valid`."""
         captions = batch.pop("caption").tolist()
         batch["input_ids"], batch["attention_mask"] = tokenize(self.tokenizer, captions, self.max_tokens)
-        return {name: torch.from_numpy(np.require(array, requirements="CW")) for name, array in batch.items()}
+        return {
+            name: torch.from_numpy(np.require(array, requirements=["C", "W"]))
+            for name, array in batch.items()
+        }
 
 
 def shuffle_buffer_rows(job: TrainJob, batch_size: int, world_size: int) -> int:
