@@ -186,9 +186,9 @@ def predict(costs: Costs, pool: Pool, there: Resources, num_rows: int) -> Foreca
     """Put the costs of the stages together.
 
     Without GPUs the stages share the CPUs, and their costs add up. With them the model has its GPUs to
-    itself, and the job goes as fast as the slower of the two.
+    itself, and the job goes as fast as the slower of the two; actors that share one count as one.
     """
-    workers = min(pool.maximum, there.gpus if pool.num_gpus else pool.maximum)
+    workers = min(pool.maximum * pool.num_gpus, there.gpus) if pool.num_gpus else pool.maximum
     cpus = there.cpus if pool.num_gpus else min(there.cpus, workers * pool.num_threads)
     on_cpus = {"read": costs.read, "decode": costs.decode, "write": costs.write}
     if not pool.num_gpus:

@@ -212,7 +212,7 @@ class ComputeConfig:
     """Where the work runs. Labels do not depend on it; training does, on the number of workers."""
 
     num_workers: str | None = option(
-        None, "N or MIN:MAX [default: one a GPU; on CPUs one a node, to train one]."
+        None, "N or MIN:MAX [default: one a GPU, two to label; on CPUs one a node, to train one]."
     )
     use_gpu: bool | None = option(
         None, "Use GPUs [default: if the cluster has one].", flag="--use-gpu/--no-gpu"

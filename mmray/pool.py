@@ -11,8 +11,11 @@ from mmray.config import ComputeConfig, LabelConfig, Workers
 from mmray.errors import ConfigError
 from mmray.resources import Resources
 
+ACTORS_A_GPU = 2
+"""That share a GPU: one interpreter starts kernels and lays out rows too slowly to keep a large one busy."""
+
 DECODERS_A_GPU = 8
-"""CPUs that a GPU has, its actor's own included, from which on a pool decodes."""
+"""CPUs that a GPU has, its actors' own included, from which on a pool decodes."""
 
 DECODER_CPUS = 0.001
 """That an actor asks for which decodes: see `Pool.decoders`."""
@@ -25,6 +28,7 @@ class Pool(NamedTuple):
     maximum: int
     num_cpus: float
     num_gpus: float
+    """1, or less for actors that share one."""
     num_threads: int
     num_tasks: int
     """That may read at a time, and that may commit."""
@@ -35,23 +39,26 @@ class Pool(NamedTuple):
     def on_cluster(cls, compute: ComputeConfig) -> Pool:
         """Size the pool for the cluster that is there; what comes later brings CPUs for actors of its own.
 
+        Of more actors than there are GPUs, as many share each of them, and its CPUs.
+
         Raises:
             ConfigError: GPUs are asked for, and the cluster has none.
         """
         there = Resources.of_cluster()
         use_gpu = there.use_gpu(compute)
-        default = there.gpus if use_gpu else there.num_actors()
+        default = ACTORS_A_GPU * there.gpus if use_gpu else there.num_actors()
         workers = Workers.parse(compute.num_workers or default)
-        share = there.share(workers, use_gpu=use_gpu)
+        sharing = -(-workers.minimum // there.gpus) if use_gpu else 1
+        share = there.share(workers, use_gpu=use_gpu) / sharing
         # Reading and committing want a CPU beside the actors. In a pool that grows each asks for more than
         # half of its share, so that actors come with new nodes, and not beside the first ones.
         part = 0.75 if workers.minimum < workers.maximum else 0.5
-        num_cpus = 0.5 if use_gpu else int(share) - 1 if share >= 3 else share * part
+        num_cpus = 0.5 / sharing if use_gpu else int(share) - 1 if share >= 3 else share * part
         num_tasks = max(2 * workers.maximum, int(there.cpus - workers.minimum * num_cpus))
         num_decoders = max(1, int(there.cpus) - workers.minimum)
         threads = max(1, int(share))
         return cls(
-            *(workers.minimum, workers.maximum, num_cpus, float(use_gpu), threads, num_tasks, num_decoders)
+            *(workers.minimum, workers.maximum, num_cpus, use_gpu / sharing, threads, num_tasks, num_decoders)
         )
 
     @property
@@ -89,7 +96,8 @@ class Pool(NamedTuple):
         """
         if config.decode == "gpu" and not self.num_gpus:
             raise ConfigError("--decode gpu: the models have no GPU here; beside and pool decode on CPUs")
-        many = self.num_gpus and self.num_decoders >= (DECODERS_A_GPU - 1) * self.minimum
+        cpus, gpus = self.num_decoders + self.minimum, self.num_gpus * self.minimum
+        many = self.num_gpus and cpus >= DECODERS_A_GPU * gpus
         return replace(
             config,
             precision=config.precision or ("bf16" if self.num_gpus else "fp32"),

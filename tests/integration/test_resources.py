@@ -32,7 +32,9 @@ MANY = Resources({"head": Node(0), **{f"node-{number}": Node(8) for number in ra
         (MIXED, "3", 4, 5),
         (UNEQUAL, "4", 7, 8),  # a quarter of all CPUs each, and three would find no place for a fourth
         (GPU_NODE, "1:16", 0.5, 8),  # 8 of a node's CPUs for each of its GPUs
-        (GPU_NODE, None, 0.5, 8),
+        (GPU_NODE, "4", 0.5, 8),
+        (GPU_NODE, None, 0.25, 4),  # two share a GPU
+        (GPU_NODE, "12:24", 0.5 / 3, 2),  # three
         (MANY, None, 7, 8),
         (MANY, "1:100", 7, 8),
         (MANY, "8", 3, 4),
@@ -41,8 +43,9 @@ MANY = Resources({"head": Node(0), **{f"node-{number}": Node(8) for number in ra
 def test_an_actor_has_its_share_of_a_node(monkeypatch, there, num_workers, asked_for, num_threads):
     monkeypatch.setattr(Resources, "of_cluster", lambda: there)
     pool = Pool.on_cluster(ComputeConfig(num_workers=num_workers))
-    assert (pool.num_cpus, pool.num_threads) == (asked_for, num_threads)
-    assert pool.num_gpus == (there is GPU_NODE)
+    assert (pool.num_cpus, pool.num_threads) == pytest.approx((asked_for, num_threads))
+    assert pool.num_gpus == (2 * pool.num_cpus if there is GPU_NODE else 0)
+    assert pool.minimum * pool.num_gpus <= there.gpus
 
 
 ELSEWHERE = Resources({"gpu": Node(4, 1), "one": Node(16), "other": Node(16)})
@@ -56,12 +59,13 @@ POOR = Resources({"gpu": Node(2, 2)})
         (LAPTOP, None, "pool", "pool", (1, 1)),
         (ONE_LARGE, None, "pool", "pool", (63, 63)),
         (MANY, None, "pool", "pool", (28, 28)),
-        (GPU_NODE, None, None, "pool", (28, 28)),
+        (GPU_NODE, None, None, "pool", (24, 24)),
         (GPU_NODE, "1:4", None, "pool", (31, 99)),  # no more than shards
-        (GPU_NODE, None, "beside", "beside", (28, 28)),
-        (GPU_NODE, None, "gpu", "gpu", (28, 28)),
-        (ELSEWHERE, None, None, "pool", (35, 35)),
-        (Resources({"gpu": Node(4, 1)}), None, None, "beside", (3, 3)),
+        (GPU_NODE, "4", "beside", "beside", (28, 28)),
+        (GPU_NODE, None, "gpu", "gpu", (24, 24)),
+        (ELSEWHERE, None, None, "pool", (34, 34)),
+        (Resources({"gpu": Node(8, 1)}), None, None, "pool", (6, 6)),
+        (Resources({"gpu": Node(7, 1)}), None, None, "beside", (5, 5)),
         (POOR, None, "pool", "pool", (1, 1)),
     ],
 )
