@@ -104,7 +104,7 @@ def evaluate_model(
                 raise parcel.error or AssertionError("a parcel holds rows or an error")
             yield _vector(grader.count(parcel.rows[output_name(columns.labels)], parcel.rows))
 
-    with streaming():
+    with streaming(pool):
         scored = score_shards(rows.folder, work, Scorer(bundle, columns, config, pool, hidden=hidden))
         counts = scored.map_batches(count, batch_size=1, batch_format="pyarrow", **pool.tasks())
         return grader.summary(_vectors(counts))

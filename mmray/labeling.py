@@ -7,7 +7,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -152,7 +152,7 @@ def label_planned(
         records.forget(work.paths)
         tally = Tally(plan, committer, records, max_failed_fraction)
         with ending_gently(), _shown(work.num_rows, progress) as line:
-            _run_passes(work, tally, lambda work: commit_shards(score(work), committer, pool), lease, line)
+            _run_passes(work, tally, score, pool, lease, line)
         read_back(committer, plan, records)
         finished = [records.found[file.path] for file in plan.files]
         tally.check_budget(count_rows(finished))
@@ -166,7 +166,8 @@ def label_planned(
 def _run_passes(
     work: Work,
     tally: Tally,
-    commit: Callable[[Work], Generator[dict[str, Any]]],
+    score: Callable[[Work], ray.data.Dataset],
+    pool: Pool,
     lease: Lease,
     line: Progress | None,
 ) -> None:
@@ -182,7 +183,10 @@ def _run_passes(
             return
         if last:
             log.warning("%d shards are left; trying them again", work.num_pending)
-        with streaming(tolerant=not last), closing(commit(work)) as outcomes:
+        with (
+            streaming(pool, tolerant=not last),
+            closing(commit_shards(score(work), tally.committer, pool)) as outcomes,
+        ):
             tally.run(outcomes if work.pending else (), work, lease, line)
         # Where every record is there, a listing would only say so again, page after page.
         work = Work([], set(), []) if work.paths <= records.found.keys() else find_work(output, tally.plan)

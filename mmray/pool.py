@@ -34,6 +34,8 @@ class Pool(NamedTuple):
     """That may read at a time, and that may commit."""
     num_decoders: int
     """Of the pool that decodes, where one does."""
+    places: dict[str, str] | None = None
+    """Labels of the nodes where work may run, as Ray selects them; None for all."""
 
     @classmethod
     def on_cluster(cls, compute: ComputeConfig) -> Pool:
@@ -58,7 +60,16 @@ class Pool(NamedTuple):
         num_decoders = max(1, int(there.cpus) - workers.minimum)
         threads = max(1, int(share))
         return cls(
-            *(workers.minimum, workers.maximum, num_cpus, use_gpu / sharing, threads, num_tasks, num_decoders)
+            *(
+                workers.minimum,
+                workers.maximum,
+                num_cpus,
+                use_gpu / sharing,
+                threads,
+                num_tasks,
+                num_decoders,
+            ),
+            there.with_cpus(),
         )
 
     @property

@@ -59,6 +59,14 @@ class Resources(NamedTuple):
         """GPUs of all nodes."""
         return sum(node.gpus for node in self.nodes.values())
 
+    def with_cpus(self) -> dict[str, str] | None:
+        """Select all nodes, now and later, but those without a CPU, for work that asks for none; None: all.
+
+        These are heads, which drivers have to themselves; Ray would run such work there first of all.
+        """
+        without = ",".join(key for key, node in self.nodes.items() if not node.cpus)
+        return {"ray.io/node-id": f"!in({without})"} if without else None
+
     def threads(self, node_id: str, num_workers: int) -> int:
         """Give the threads that each of the workers on a node may have."""
         return max(1, int(self.nodes[node_id].cpus / num_workers))

@@ -236,23 +236,25 @@ class ScoreShards:
 
 
 @contextmanager
-def streaming(*, tolerant: bool = False) -> Iterator[None]:
+def streaming(pool: Pool, *, tolerant: bool = False) -> Iterator[None]:
     """Let blocks be small: tiny shards share one, a large shard has its own and moves on once it is read.
 
     Args:
+        pool: where work may run.
         tolerant: go on when a block is lost with its workers, after all attempts.
     """
     context = DataContext.get_current()
-    settings = {
-        "target_max_block_size": BLOCK_BYTES,
-        "max_errored_blocks": TOLERATED_BLOCKS if tolerant else 0,
-        "max_consecutive_actor_init_deaths": ATTEMPTS,
-    }
-    before = {name: getattr(context, name) for name in settings}
+    settings = [
+        (context, "target_max_block_size", BLOCK_BYTES),
+        (context, "max_errored_blocks", TOLERATED_BLOCKS if tolerant else 0),
+        (context, "max_consecutive_actor_init_deaths", ATTEMPTS),
+        (context.execution_options, "label_selector", pool.places),
+    ]
+    before = [(place, name, getattr(place, name)) for place, name, _ in settings]
     try:
-        for name, value in settings.items():
-            setattr(context, name, value)
+        for setting in settings:
+            setattr(*setting)
         yield
     finally:
-        for name, value in before.items():
-            setattr(context, name, value)
+        for setting in before:
+            setattr(*setting)

@@ -46,6 +46,7 @@ def test_an_actor_has_its_share_of_a_node(monkeypatch, there, num_workers, asked
     assert (pool.num_cpus, pool.num_threads) == pytest.approx((asked_for, num_threads))
     assert pool.num_gpus == (2 * pool.num_cpus if there is GPU_NODE else 0)
     assert pool.minimum * pool.num_gpus <= there.gpus
+    assert pool.places == ({"ray.io/node-id": "!in(head)"} if "head" in there.nodes else None)
 
 
 ELSEWHERE = Resources({"gpu": Node(4, 1), "one": Node(16), "other": Node(16)})
