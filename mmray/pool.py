@@ -56,20 +56,15 @@ class Pool(NamedTuple):
         # half of its share, so that actors come with new nodes, and not beside the first ones.
         part = 0.75 if workers.minimum < workers.maximum else 0.5
         num_cpus = 0.5 / sharing if use_gpu else int(share) - 1 if share >= 3 else share * part
-        num_tasks = max(2 * workers.maximum, int(there.cpus - workers.minimum * num_cpus))
-        num_decoders = max(1, int(there.cpus) - workers.minimum)
-        threads = max(1, int(share))
         return cls(
-            *(
-                workers.minimum,
-                workers.maximum,
-                num_cpus,
-                use_gpu / sharing,
-                threads,
-                num_tasks,
-                num_decoders,
-            ),
-            there.with_cpus(),
+            minimum=workers.minimum,
+            maximum=workers.maximum,
+            num_cpus=num_cpus,
+            num_gpus=use_gpu / sharing,
+            num_threads=max(1, int(share)),
+            num_tasks=max(2 * workers.maximum, int(there.cpus - workers.minimum * num_cpus)),
+            num_decoders=max(1, int(there.cpus) - workers.minimum),
+            places=there.with_cpus(),
         )
 
     @property
