@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mmray.errors import DataError
 from mmray.randaugment import Operation, apply_operations, draw_operations
@@ -38,7 +38,6 @@ ONE_LARGE = threading.Lock()
 
 Box = tuple[float, float, float, float]
 
-_EXIF_ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -121,7 +120,7 @@ def decode_image(data: bytes, size_px: int, view: View | None = None) -> np.ndar
             with ONE_LARGE if held > LARGE_PIXELS else nullcontext():
                 square = _squeeze(image, size_px, box)
             # Asked once the pixels are there: Pillow turns a TIFF itself as it loads, and drops the tag.
-            turn = _TURNS.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+            turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except DataError:
         raise
     except Exception as error:  # Pillow's readers raise whatever the damage makes them stumble over

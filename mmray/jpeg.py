@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 _APP0, _APP1, _APP14, _SCAN = 0xE0, 0xE1, 0xEE, 0xDA
 _TABLES = {0xDB, 0xC4}
@@ -15,7 +15,6 @@ _KNOWN = {*_TABLES, *_FRAMES, *range(0xE0, 0xF0), 0xDD, 0xFE}
 """What else is between start and scan: applications' segments, the restart interval, comments."""
 
 _JFIF_BYTES = 14
-_ORIENTATION = 0x0112
 _YCBCR = 1
 """Adobe's number for it; others stand for RGB and CMYK."""
 
@@ -70,6 +69,6 @@ def _is_upright(segment: bytes) -> bool:
     exif = Image.Exif()
     try:
         exif.load(segment)
-        return exif.get(_ORIENTATION, 1) == 1
+        return exif.get(ExifTags.Base.Orientation, 1) == 1
     except Exception:  # whatever the damage makes Pillow's reader stumble over: let Pillow see to it
         return False

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from PIL import Image
+from PIL import ExifTags, Image
 
 from mmray.columns import refuse_pickles, text_values
 from mmray.damage import reading_labels
@@ -27,7 +27,8 @@ from mmray.schema import Status, Vocabulary, output_name, score_matrix
 from mmray.storage import Folder
 
 THUMBNAIL_PX = 160
-_ORIENTATION, _TURNED = 0x0112, range(5, 9)  # of EXIF, and those that swap width and height
+_TURNED = range(5, 9)
+"""Orientations of EXIF that swap width and height."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def thumbnail(decoder: Decode, data: bytes, side_px: int) -> bytes | None:
         return None
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         # Pillow turns a TIFF itself, and says so in its size.
-        turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION) in _TURNED
+        turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in _TURNED
         width, height = image.size[::-1] if turned else image.size
     shrunk = min(1.0, side_px / max(width, height))
     size = max(1, round(width * shrunk)), max(1, round(height * shrunk))

@@ -104,7 +104,8 @@ def test_the_report_counts_what_joined_and_how_right_it_is(result, places):
     for place, entry in enumerate(report["by_label"].values()):
         taken, denied = true[:, place], known[:, place] & ~true[:, place]
         assert (entry["num_true"], entry["num_false"]) == (taken.sum(), denied.sum())
-        assert entry["precision_true"] == pytest.approx(truth[taken, place].mean()) if taken.any() else None
+        precision = truth[taken, place].mean() if taken.any() else None
+        assert entry["precision_true"] == pytest.approx(precision)
         assert entry["precision_false"] == pytest.approx(1 - truth[denied, place].mean())
 
 

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from mmray.charts import Chart, Series
+from mmray.charts import COLOURS, Chart, Series
 from mmray.page import Card, Cell, Page, Score, Section, Table
 
 HOSTILE = "<script>alert('x')</script>\"'&{{ 7 * 7 }}"
@@ -91,4 +91,9 @@ def test_a_chart_is_svg_in_the_pages_own_ink():
 @pytest.mark.parametrize("values", [np.zeros(40), np.arange(40)])
 def test_bars_are_drawn_on_a_logarithmic_scale_from_nothing_on(values):
     bars = Series(np.linspace(0, 1, 41), values, kind="steps")
-    assert "<path" in Chart("h", [bars], "score", "rows", mark=0.5, log=True).svg()
+    svg = Chart("h", [bars], "score", "rows", mark=0.5, log=True).svg()
+    (path,) = re.findall(rf'<path d="([^"]*)"[^>]*{COLOURS[0]}', svg)
+    levels = np.array([float(y) for y in re.findall(r"[ML] \S+ (\S+)", path)])
+    heights = levels[0] - levels[1::2][:40]
+    assert (heights > 0).tolist() == (values > 0).tolist()
+    assert heights[20] - heights[2] == pytest.approx(heights[30] - heights[3]), "ten times as many"
