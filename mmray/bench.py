@@ -92,10 +92,10 @@ def forecast(
         DataError: the rows are unusable.
         BundleError: the bundle is incomplete or damaged.
     """
-    columns, bundle = columns or Columns(), Bundle.load(model_uri)
+    columns, scoring, bundle = columns or Columns(), scoring or ScoringConfig(), Bundle.load(model_uri)
     rows = Rows.find(input_uri, columns, needs=("image", "caption"))
-    pool = Pool.on_cluster(compute or ComputeConfig())
-    config = pool.settle(make(LabelConfig, vars(scoring or ScoringConfig())))
+    pool = Pool.on_cluster(compute or ComputeConfig(), scoring)
+    config = pool.settle(make(LabelConfig, vars(scoring)))
     worker = ray.remote(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus)(measure)
     task = worker.remote(rows.folder, sample(rows), bundle, columns, config, pool, scratch_uri)
     return predict(ray.get(task), pool, Resources.of_cluster(), rows.num_rows)
@@ -186,7 +186,8 @@ def predict(costs: Costs, pool: Pool, there: Resources, num_rows: int) -> Foreca
     """Put the costs of the stages together.
 
     Without GPUs the stages share the CPUs, and their costs add up. With them the model has its GPUs to
-    itself, and the job goes as fast as the slower of the two; actors that share one count as one.
+    itself, and the job goes as fast as the slower of the two. Of actors that share a GPU one was measured,
+    alone; together they do more.
     """
     workers = min(pool.maximum * pool.num_gpus, there.gpus) if pool.num_gpus else pool.maximum
     cpus = there.cpus if pool.num_gpus else min(there.cpus, workers * pool.num_threads)

@@ -212,7 +212,7 @@ class ComputeConfig:
     """Where the work runs. Labels do not depend on it; training does, on the number of workers."""
 
     num_workers: str | None = option(
-        None, "N or MIN:MAX [default: one a GPU, two to label; on CPUs one a node, to train one]."
+        None, "N or MIN:MAX [default: one a GPU; on CPUs one a node, to train one]."
     )
     use_gpu: bool | None = option(
         None, "Use GPUs [default: if the cluster has one].", flag="--use-gpu/--no-gpu"
@@ -242,10 +242,12 @@ class ScoringConfig:
     compiled: bool = option(
         False, "Compile the image tower: pays on GPUs, for many images.", flag="--compile"
     )
+    actors_per_gpu: int = option(2, "Actors with a model each that share a GPU.")
 
     def __post_init__(self) -> None:
         """Refuse what cannot compute."""
         require_range("--batch-size", self.batch_size, 1, 65_536)
+        require_range("--actors-per-gpu", self.actors_per_gpu, 1, 100)
 
 
 @dataclass(frozen=True)

@@ -91,9 +91,9 @@ def evaluate_model(
         DataError: the rows are unusable, or bear labels that the model does not know.
         BundleError: the bundle is incomplete or damaged.
     """
-    columns, compute = columns or Columns(), compute or ComputeConfig()
-    bundle, pool = Bundle.load(model_uri), Pool.on_cluster(compute)
-    config = pool.settle(make(LabelConfig, asdict(scoring or ScoringConfig())))
+    columns, compute, scoring = columns or Columns(), compute or ComputeConfig(), scoring or ScoringConfig()
+    bundle, pool = Bundle.load(model_uri), Pool.on_cluster(compute, scoring)
+    config = pool.settle(make(LabelConfig, asdict(scoring)))
     rows = Rows.find(data_uri, columns)
     grader = Grader(bundle.vocabulary, bundle.thresholds, scored=True)
     work = Work([(file, list(file.units)) for file in rows.files], set(), [])

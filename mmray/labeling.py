@@ -98,7 +98,7 @@ def label_dataset(
     columns, config, compute = columns or Columns(), config or LabelConfig(), compute or ComputeConfig()
     started = time.monotonic()
     bundle, output = Bundle.load(model_uri), Folder(output_uri)
-    pool = Pool.on_cluster(compute)
+    pool = Pool.on_cluster(compute, config)
     earlier = Earlier.find(retry_failed_uri, "--retry-failed") if retry_failed_uri else None
     config = pool.settle(config)
     scorer = Scorer(bundle, columns, config, pool, earlier=earlier and earlier[0])

@@ -7,15 +7,12 @@ from typing import Any, NamedTuple
 
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-from mmray.config import ComputeConfig, LabelConfig, Workers
+from mmray.config import ComputeConfig, LabelConfig, ScoringConfig, Workers
 from mmray.errors import ConfigError
 from mmray.resources import Resources
 
-ACTORS_A_GPU = 2
-"""That share a GPU: one interpreter starts kernels and lays out rows too slowly to keep a large one busy."""
-
-DECODERS_A_GPU = 8
-"""CPUs that a GPU has, its actors' own included, from which on a pool decodes."""
+CPUS_A_GPU = 8
+"""That the cluster has, its actors' own included, from which on a pool decodes."""
 
 DECODER_CPUS = 0.001
 """That an actor asks for which decodes: see `Pool.decoders`."""
@@ -28,42 +25,46 @@ class Pool(NamedTuple):
     maximum: int
     num_cpus: float
     num_gpus: float
-    """1, or less for actors that share one."""
+    """1, or a part of it for actors that share one."""
     num_threads: int
     num_tasks: int
     """That may read at a time, and that may commit."""
     num_decoders: int
     """Of the pool that decodes, where one does."""
+    decode: str = "beside"
+    """Where images are best decoded."""
     places: dict[str, str] | None = None
     """Labels of the nodes where work may run, as Ray selects them; None for all."""
 
     @classmethod
-    def on_cluster(cls, compute: ComputeConfig) -> Pool:
+    def on_cluster(cls, compute: ComputeConfig, scoring: ScoringConfig | None = None) -> Pool:
         """Size the pool for the cluster that is there; what comes later brings CPUs for actors of its own.
 
-        Of more actors than there are GPUs, as many share each of them, and its CPUs.
+        On GPUs a worker is one of these, with as many actors as are to share it: a single interpreter starts
+        kernels and lays out rows too slowly to keep a large GPU busy.
 
         Raises:
             ConfigError: GPUs are asked for, and the cluster has none.
         """
-        there = Resources.of_cluster()
+        there, scoring = Resources.of_cluster(), scoring or ScoringConfig()
         use_gpu = there.use_gpu(compute)
-        default = ACTORS_A_GPU * there.gpus if use_gpu else there.num_actors()
-        workers = Workers.parse(compute.num_workers or default)
-        sharing = -(-workers.minimum // there.gpus) if use_gpu else 1
-        share = there.share(workers, use_gpu=use_gpu) / sharing
+        workers = Workers.parse(compute.num_workers or (there.gpus if use_gpu else there.num_actors()))
+        actors = scoring.actors_per_gpu if use_gpu else 1
+        minimum, maximum = actors * workers.minimum, actors * workers.maximum
+        share = there.share(workers, use_gpu=use_gpu) / actors
         # Reading and committing want a CPU beside the actors. In a pool that grows each asks for more than
         # half of its share, so that actors come with new nodes, and not beside the first ones.
         part = 0.75 if workers.minimum < workers.maximum else 0.5
-        num_cpus = 0.5 / sharing if use_gpu else int(share) - 1 if share >= 3 else share * part
+        num_cpus = 0.5 / actors if use_gpu else int(share) - 1 if share >= 3 else share * part
         return cls(
-            minimum=workers.minimum,
-            maximum=workers.maximum,
+            minimum=minimum,
+            maximum=maximum,
             num_cpus=num_cpus,
-            num_gpus=use_gpu / sharing,
+            num_gpus=use_gpu / actors,
             num_threads=max(1, int(share)),
-            num_tasks=max(2 * workers.maximum, int(there.cpus - workers.minimum * num_cpus)),
-            num_decoders=max(1, int(there.cpus) - workers.minimum),
+            num_tasks=max(2 * maximum, int(there.cpus - minimum * num_cpus)),
+            num_decoders=max(1, int(there.cpus) - minimum),
+            decode="pool" if use_gpu and there.cpus >= CPUS_A_GPU * workers.minimum else "beside",
             places=there.with_cpus(),
         )
 
@@ -102,10 +103,8 @@ class Pool(NamedTuple):
         """
         if config.decode == "gpu" and not self.num_gpus:
             raise ConfigError("--decode gpu: the models have no GPU here; beside and pool decode on CPUs")
-        cpus, gpus = self.num_decoders + self.minimum, self.num_gpus * self.minimum
-        many = self.num_gpus and cpus >= DECODERS_A_GPU * gpus
         return replace(
             config,
             precision=config.precision or ("bf16" if self.num_gpus else "fp32"),
-            decode=config.decode or ("pool" if many else "beside"),
+            decode=config.decode or self.decode,
         )

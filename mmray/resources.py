@@ -56,8 +56,8 @@ class Resources(NamedTuple):
 
     @property
     def gpus(self) -> int:
-        """GPUs of all nodes."""
-        return sum(node.gpus for node in self.nodes.values())
+        """GPUs of the nodes with CPUs; actors want both."""
+        return sum(node.gpus for node in self.nodes.values() if node.cpus)
 
     def with_cpus(self) -> dict[str, str] | None:
         """Select all nodes, now and later, but those without a CPU, for work that asks for none; None: all.

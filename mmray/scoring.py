@@ -19,7 +19,7 @@ from mmray import retry
 from mmray.bundle import Bundle
 from mmray.config import Columns, LabelConfig
 from mmray.decoders import DecodeShards, shielded
-from mmray.errors import StorageError
+from mmray.errors import ConfigError, StorageError
 from mmray.faults import moment
 from mmray.fetch import fetch_images
 from mmray.parcels import Parcel, unpack
@@ -199,17 +199,18 @@ class ScoreShards:
         assert config.precision is not None
         # Its predecessor may have died of a row that now comes again.
         isolated = ray.get_runtime_context().was_current_actor_reconstructed
-        labeler = Labeler(
-            bundle,
-            batch_size=config.batch_size,
-            device=pool.device,
-            precision=config.precision,
-            flip=config.flip,
-            compiled=config.compiled,
-            num_threads=pool.num_threads,
-            decode=IsolatedDecoder() if isolated else None,
-            decode_on_gpu=config.decode == "gpu" and not isolated,
-        )
+        with room_for(config.actors_per_gpu):
+            labeler = Labeler(
+                bundle,
+                batch_size=config.batch_size,
+                device=pool.device,
+                precision=config.precision,
+                flip=config.flip,
+                compiled=config.compiled,
+                num_threads=pool.num_threads,
+                decode=IsolatedDecoder() if isolated else None,
+                decode_on_gpu=config.decode == "gpu" and not isolated,
+            )
         return Watch(labeler, TableLabeler(labeler, columns, KeptScores.parse(config.scores), hidden))
 
     def __call__(self, packed: pa.Table) -> Iterator[pa.Table]:
@@ -233,6 +234,20 @@ class ScoreShards:
         if parcel.earlier is None:
             return label(parcel.rows)
         return retry.relabel(label, parcel.rows, parcel.earlier)
+
+
+@contextmanager
+def room_for(actors: int) -> Iterator[None]:
+    """Name the remedy when a GPU that actors share has no memory for a model, or takes one process alone."""
+    import torch
+
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+        if actors == 1:
+            raise
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"--actors-per-gpu {actors}: {reason}; try 1") from error
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 mmray_rows           rows scored, by status
 mmray_model_seconds  in which the model computed
 mmray_wait_seconds   in which the actor had no shard to score
-mmray_model_share    of the time since the actor started: the model's, on a GPU how busy it is,
-                     by whichever of the actors that share it
+mmray_model_share    of the time since the actor started: the model's; of actors that share a GPU each also
+                     counts what the others compute meanwhile
 
 The line's `seconds` are those of its shard. An actor works on several at a time: `model_s` and `waited_s` are
 the actor's, since the line before.

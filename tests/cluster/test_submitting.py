@@ -27,8 +27,6 @@ RUNTIME_ENV = REPOSITORY / "jobs" / "runtime-env.yaml"
 MAX_UPLOAD_BYTES = 2 << 20
 NUM_FILES = 8
 MANY_EPOCHS = 10_000
-COMMITTING = "ray::MapBatches(commit)"
-"""How the process of a task that commits shows up."""
 
 pytestmark = pytest.mark.usefixtures("cluster")  # of this process, for `verify_dataset`
 
@@ -180,18 +178,20 @@ def test_labeling_ends_with_its_result_and_what_it_said(two_nodes, archive, labe
     assert sum((package / path).stat().st_size for path in files) < MAX_UPLOAD_BYTES
 
 
-def test_a_head_without_cpus_does_not_even_commit(two_nodes, label, paused, tmp_path):
-    """Tasks that commit ask for no CPU: where would they go, if not told?"""
-    started = two_nodes.submit(
-        *label, runtime_env=paused("before publish _mmray/pieces/*"), name="head", wait=False
-    )
+@pytest.mark.parametrize("moment", ["before read *", "before publish _mmray/pieces/*"])
+def test_a_head_without_cpus_neither_reads_nor_commits(two_nodes, label, paused, tmp_path, moment):
+    """Tasks that do so ask for no CPU: Ray would have them there first of all."""
+    name = moment.split()[1]
+    started = two_nodes.submit(*label, runtime_env=paused(moment, "hold"), name=name, wait=False)
     assert started.returncode == 0, started.stdout + started.stderr
-    poll((tmp_path / "reached-0").exists, lambda: two_nodes.info("head"))
-    titles = [" ".join(node.processes().values()) for node in two_nodes.nodes]
-    assert [COMMITTING in told for told in titles] == [False, True], titles
+    reached = [tmp_path / f"reached-{number}" for number in range(2)]
+    poll(lambda: all(path.exists() for path in reached), lambda: two_nodes.info(name))
+    head, worker = (node.processes().keys() for node in two_nodes.nodes)
+    held = {int(path.read_text()) for path in reached}
+    assert held <= worker and not held & head
     (tmp_path / "go").touch()
-    poll(lambda: two_nodes.info("head")["status"] != "RUNNING", lambda: two_nodes.info("head"))
-    assert two_nodes.info("head")["driver_exit_code"] == 0, two_nodes.logs("head")
+    poll(lambda: two_nodes.info(name)["status"] != "RUNNING", lambda: "the job's end")
+    assert two_nodes.info(name)["driver_exit_code"] == 0, two_nodes.logs(name)
 
 
 @pytest.fixture

@@ -28,12 +28,13 @@ def test_fewer_workers_than_the_cluster_has_room_for_leave_cpus_idle():
     assert found.rows_per_s == pytest.approx(2 / (0.006 + 2 * 0.002))
 
 
-@pytest.mark.parametrize("num_gpus", [1, 0.5])
-@pytest.mark.parametrize(("cpus", "limit", "rate"), [(32, "model", 1000), (3, "decode", 500)])
-def test_with_gpus_the_slower_of_cpus_and_gpus_is_the_limit(cpus, limit, rate, num_gpus):
-    pool = Pool(
-        minimum=1, maximum=8, num_cpus=1, num_gpus=num_gpus, num_threads=4, num_tasks=4, num_decoders=1
-    )
+@pytest.mark.parametrize(
+    ("cpus", "maximum", "num_gpus", "limit", "rate"),
+    [(32, 8, 1, "model", 1000), (3, 8, 1, "decode", 500), (32, 2, 0.5, "model", 500)],
+)
+def test_with_gpus_the_slower_of_cpus_and_gpus_is_the_limit(cpus, maximum, num_gpus, limit, rate):
+    sizes = {"minimum": 1, "maximum": maximum, "num_cpus": 1, "num_gpus": num_gpus, "num_threads": 4}
+    pool = Pool(**sizes, num_tasks=4, num_decoders=1)
     found = predict(COSTS, pool, Resources({"a": Node(cpus, 2)}), 1000)
     assert (found.limit, found.rows_per_s) == (limit, pytest.approx(rate))
 

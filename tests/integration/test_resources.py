@@ -5,12 +5,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from mmray.config import ComputeConfig, LabelConfig
+from mmray.config import ComputeConfig, LabelConfig, ScoringConfig
 from mmray.errors import ClusterError, ConfigError
 from mmray.fitting import TrainWorkers
 from mmray.pool import Pool
 from mmray.resources import Node, Resources
+from mmray.scoring import room_for
 
 LAPTOP = Resources({"one": Node(2)})
 ONE_LARGE = Resources({"one": Node(64)})
@@ -31,10 +33,9 @@ MANY = Resources({"head": Node(0), **{f"node-{number}": Node(8) for number in ra
         (MIXED, None, 3, 4),  # one on each small node, four on the large one
         (MIXED, "3", 4, 5),
         (UNEQUAL, "4", 7, 8),  # a quarter of all CPUs each, and three would find no place for a fourth
-        (GPU_NODE, "1:16", 0.5, 8),  # 8 of a node's CPUs for each of its GPUs
-        (GPU_NODE, "4", 0.5, 8),
-        (GPU_NODE, None, 0.25, 4),  # two share a GPU
-        (GPU_NODE, "12:24", 0.5 / 3, 2),  # three
+        (GPU_NODE, "1:16", 0.25, 4),  # of a node's CPUs 8 for each of its GPUs, which two actors share
+        (GPU_NODE, "8", 0.25, 4),  # four of them wait for GPUs to come
+        (GPU_NODE, None, 0.25, 4),
         (MANY, None, 7, 8),
         (MANY, "1:100", 7, 8),
         (MANY, "8", 3, 4),
@@ -44,8 +45,7 @@ def test_an_actor_has_its_share_of_a_node(monkeypatch, there, num_workers, asked
     monkeypatch.setattr(Resources, "of_cluster", lambda: there)
     pool = Pool.on_cluster(ComputeConfig(num_workers=num_workers))
     assert (pool.num_cpus, pool.num_threads) == pytest.approx((asked_for, num_threads))
-    assert pool.num_gpus == (2 * pool.num_cpus if there is GPU_NODE else 0)
-    assert pool.minimum * pool.num_gpus <= there.gpus
+    assert pool.num_gpus == (0.5 if there is GPU_NODE else 0)
     assert pool.places == ({"ray.io/node-id": "!in(head)"} if "head" in there.nodes else None)
 
 
@@ -61,12 +61,14 @@ POOR = Resources({"gpu": Node(2, 2)})
         (ONE_LARGE, None, "pool", "pool", (63, 63)),
         (MANY, None, "pool", "pool", (28, 28)),
         (GPU_NODE, None, None, "pool", (24, 24)),
-        (GPU_NODE, "1:4", None, "pool", (31, 99)),  # no more than shards
-        (GPU_NODE, "4", "beside", "beside", (28, 28)),
+        (GPU_NODE, "1:4", None, "pool", (30, 99)),  # no more than shards
+        (GPU_NODE, "4", "beside", "beside", (24, 24)),
         (GPU_NODE, None, "gpu", "gpu", (24, 24)),
         (ELSEWHERE, None, None, "pool", (34, 34)),
         (Resources({"gpu": Node(8, 1)}), None, None, "pool", (6, 6)),
         (Resources({"gpu": Node(7, 1)}), None, None, "beside", (5, 5)),
+        (Resources({"head": Node(0, 4), "gpu": Node(8, 1)}), None, None, "pool", (6, 6)),
+        (Resources({"gpu": Node(8, 1)}), "8", None, "beside", (1, 1)),
         (POOR, None, "pool", "pool", (1, 1)),
     ],
 )
@@ -80,9 +82,26 @@ def test_a_gpu_with_many_cpus_gets_a_pool_that_decodes_and_leaves_room_for_all_e
     strategy, of_a_decoder = settings["compute"], settings["num_cpus"]
     assert (strategy.min_size, strategy.max_size) == num_decoders
     of_a_join = 0.5
-    together = pool.minimum * pool.num_cpus + strategy.min_size * of_a_decoder + of_a_join
+    there_now = min(pool.minimum, there.gpus / pool.num_gpus if pool.num_gpus else pool.minimum)
+    together = there_now * pool.num_cpus + strategy.min_size * of_a_decoder + of_a_join
     assert together <= there.cpus, "the scoring actors would never find a place"
     assert of_a_decoder > 0, "or the head would decode"
+
+
+@pytest.mark.parametrize(("num_workers", "gpus"), [(None, (4, 4)), ("2", (2, 2)), ("1:8", (1, 8))])
+@pytest.mark.parametrize("actors", [1, 2, 3])
+def test_actors_share_each_gpu(monkeypatch, num_workers, gpus, actors):
+    monkeypatch.setattr(Resources, "of_cluster", lambda: GPU_NODE)
+    pool = Pool.on_cluster(ComputeConfig(num_workers=num_workers), ScoringConfig(actors_per_gpu=actors))
+    assert (pool.minimum, pool.maximum) == (gpus[0] * actors, gpus[1] * actors)
+    assert actors * pool.num_gpus == pytest.approx(1)
+
+
+def test_gpus_of_a_head_without_cpus_are_out_of_reach(monkeypatch):
+    monkeypatch.setattr(Resources, "of_cluster", lambda: Resources({"head": Node(0, 4), "one": Node(8)}))
+    with pytest.raises(ConfigError, match="no GPU"):
+        Pool.on_cluster(ComputeConfig(use_gpu=True))
+    assert not Pool.on_cluster(ComputeConfig()).num_gpus
 
 
 def test_without_gpus_none_decodes(monkeypatch):
@@ -139,3 +158,11 @@ def test_a_process_without_a_cluster_labels_on_one_of_its_own(archive, bundle_ur
     )
     assert done.returncode == 0, done.stderr
     assert f"{archive.num_rows:,} rows labeled" in done.stdout
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_a_gpu_without_room_for_another_actor_says_so(kind):
+    with pytest.raises(ConfigError, match=r"^--actors-per-gpu 2: CUDA out of memory; try 1$"), room_for(2):
+        raise kind("CUDA out of memory.\nSee the documentation")
+    with pytest.raises(kind), room_for(1):
+        raise kind("CUDA out of memory.")

@@ -1,13 +1,13 @@
 """EfficientNet-B4 at 380 px on a GPU: the model alone, against the whole labeling job that feeds it.
 
-    python tests/peers/gpu.py --input FOLDER [--copies N] [--decode PLACE ...] [--json FILE]
+    python tests/peers/gpu.py --input FOLDER [--copies N] [--decode PLACE ...] [--actors N ...] [--json FILE]
 
 alone      the model on batches that are on the device already, as `Predictor` computes them
 job        `label_dataset` on Ray, by rows committed between the first file and the last one
 decoding   threads and processes that do nothing but decode, as many as there are CPUs
 
 FOLDER holds Parquet files of images and captions; each is labeled `--copies` times. All of it in bf16, eager
-and with `--compile`; the job with its decoding on the GPU, in a pool and beside the model.
+and with `--compile`; the job with its decoding on the GPU, in a pool and beside the model, by one actor and two.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import shutil
 import time
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -110,8 +110,16 @@ def _decoded_bytes(image: bytes) -> int:
 @click.option("--copies", default=40, show_default=True)
 @click.option("--batch-size", default=256, show_default=True)
 @click.option("--decode", "places", type=click.Choice(PLACES), multiple=True, default=PLACES)
+@click.option("--actors", "crowds", type=int, multiple=True, default=(1, 2))
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
-def main(source: Path, copies: int, batch_size: int, places: tuple[str, ...], json_path: Path | None) -> None:
+def main(
+    source: Path,
+    copies: int,
+    batch_size: int,
+    places: tuple[str, ...],
+    crowds: tuple[int, ...],
+    json_path: Path | None,
+) -> None:
     """Measure, and print what was found."""
     found: dict[str, Any] = {"batch_size": batch_size, "cpus": os.cpu_count()}
 
@@ -147,11 +155,15 @@ def main(source: Path, copies: int, batch_size: int, places: tuple[str, ...], js
         for compiled in (False, True):
             name = "compiled" if compiled else "eager"
             tell(f"alone, {name}", ray.get(alone.remote(uri, batch_size, compiled)))
-            for place in places:
+            for place, actors in product(places, crowds):
                 config = LabelConfig(
-                    batch_size=batch_size, compiled=compiled, decode=place, max_failed_fraction=0.1
+                    batch_size=batch_size,
+                    compiled=compiled,
+                    decode=place,
+                    actors_per_gpu=actors,
+                    max_failed_fraction=0.1,
                 )
-                case = f"{name}, decoding {place}"
+                case = f"{name}, decoding {place}, {actors} on the GPU"
                 tell(f"job, {case}", job(rows, uri, Path(scratch) / case, config))
                 rate = found[f"job, {case}"]["rows_per_s"]
                 tell(f"job / alone, {case}", rate / float(np.median(found[f"alone, {name}"]["rows_per_s"])))
