@@ -7,7 +7,8 @@ job        `label_dataset` on Ray, by rows committed between the first file and 
 decoding   threads and processes that do nothing but decode, as many as there are CPUs
 
 FOLDER holds Parquet files of images and captions; each is labeled `--copies` times. All of it in bf16, eager
-and with `--compile`; the job with its decoding on the GPU, in a pool and beside the model, by one actor and two.
+and with `--compile`; the job with its decoding on the GPU, in a pool and beside the model, and with one actor
+on the GPU and two.
 """
 
 from __future__ import annotations
