@@ -1,6 +1,6 @@
 """A bundle: the folder that holds all that labeling needs, and needs no network.
 
-config.json         schema version, model config, caption tower's config, sums of the files below
+config.json         schema version, model config, caption tower's config, sums of weights and tokenizer
 model.safetensors   weights, float32
 labels.json         the vocabulary, in class order
 thresholds.json     the decision: calibration of the scores, and thresholds

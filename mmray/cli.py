@@ -1,4 +1,4 @@
-"""What all jobs share at their edge: options made of config fields, `--config`, exit statuses, Ray's start.
+"""What all jobs share at their edge: options made of config fields, `--config`, exit statuses.
 
 Heavy imports stay inside functions, so that `--help` answers at once.
 """
@@ -14,7 +14,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -25,26 +25,6 @@ from mmray.recipes import read_recipe
 EXIT_BAD_RESULT = 1
 EXIT_INTERRUPTED = 3
 VERBOSE = "mmray.verbose"
-
-RAY_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-
-WORKER_ENVIRONMENT = {
-    # Decoding shares the cores with the model, whose threads must not spin while they wait for one another:
-    # a forward pass on two busy cores took 0.08 s with this and 0.6 to 1.0 s without (2026-11-23).
-    "OMP_WAIT_POLICY": "PASSIVE",
-    # What a batch took is kept for the next one. By default glibc gives each large piece back to the kernel,
-    # to get it again page by page: half of the CPU time of EfficientNet-B0 (`tests/peers/allocation.py`).
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-    "MALLOC_TOP_PAD_": str(64 << 20),
-    "MALLOC_ARENA_MAX": "1",  # all threads share it
-}
-"""Read by libraries as a process starts. `jobs/runtime-env.yaml` and the image say the same for clusters."""
 
 
 def options(*kinds: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -199,26 +179,15 @@ def cluster() -> Iterator[None]:
             f"RAY_ADDRESS={address} is a job server: hand it this command with `ray job submit`, "
             "or unset RAY_ADDRESS to run here"
         )
+    from mmray.joining import join_cluster
+
     quiet = not is_verbose()
-    for name, value in (RAY_ENVIRONMENT | WORKER_ENVIRONMENT).items():
-        os.environ.setdefault(name, value)
-    if quiet:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    import ray
+    started_here = join_cluster(quiet=quiet)
     import ray.data
 
-    started_here = not ray.is_initialized()
     if started_here:
-        with _silenced() if quiet else nullcontext():
-            ray.init(
-                log_to_driver=not quiet,
-                logging_level="ERROR" if quiet else "INFO",
-                include_dashboard=False,
-                runtime_env=_runtime_env(),
-            )
-        signal.signal(
-            signal.SIGTERM, _interrupt
-        )  # ray.init() set its own, which exits with the signal's number
+        # ray.init() set its own, which exits with the signal's number
+        signal.signal(signal.SIGTERM, _interrupt)
     # Else an error of a user's row would come out of `map` as one of Ray's, and end as failed infrastructure.
     ray.data.DataContext.get_current().raise_original_map_exception = True
     if quiet:
@@ -231,38 +200,5 @@ def cluster() -> Iterator[None]:
             ray.shutdown()
 
 
-def _runtime_env() -> dict[str, Any] | None:
-    """Have workers on all nodes take over what this process's environment says of object storage.
-
-    By a function that they run as they start, not by `env_vars`: these are written into the logs of every
-    node and shown by the dashboard and `ray list`. The function is held by the cluster's control store, where
-    whoever may run jobs on the cluster could find it. Roles of the machines leave nothing to find.
-    """
-    from mmray.stores import shared_environment
-
-    variables = shared_environment()
-    if not variables:
-        return None
-
-    def share_environment() -> None:
-        os.environ.update(variables)
-
-    return {"worker_process_setup_hook": share_environment}
-
-
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
-
-
-@contextmanager
-def _silenced() -> Iterator[None]:
-    """Keep file descriptor 2 quiet: Ray's core prints there that it was told to print nothing."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)

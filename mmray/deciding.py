@@ -21,6 +21,7 @@ from mmray.config import ComputeConfig
 from mmray.decisions import decide
 from mmray.errors import ConfigError
 from mmray.faults import moment
+from mmray.files import split_uri
 from mmray.labeling import LabelingResult, label_planned
 from mmray.lease import Lease
 from mmray.parcels import Parcel
@@ -135,9 +136,11 @@ def read_thresholds(uri: str) -> dict[str, Any]:
         ConfigError: there is no such file, or neither is in it.
         DataError: it is not JSON.
     """
-    place, _, name = uri.rpartition("/")
-    folder = Folder(place or ".")
-    record = folder.read_json(name)
+    folder, name = split_uri(uri)
+    try:
+        record = folder.read_json(name)
+    except IsADirectoryError:
+        record = None
     if isinstance(record, dict) and isinstance(listed := record.get("thresholds"), list):
         labels = (folder.read_json("labels.json") or {}).get("labels", [])
         if len(labels) != len(listed):

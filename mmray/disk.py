@@ -44,7 +44,7 @@ def link(temporary: str, target: str) -> bool:
 
 
 def _create(path: str) -> BinaryIO:
-    """Create a file and its folders; again where somebody's `_prune` removes one of these in between."""
+    """Create a file and its folders; again where somebody's `prune` removes one of these in between."""
     folder = os.path.dirname(path)
     for _ in range(100):
         with suppress(FileNotFoundError, FileExistsError):

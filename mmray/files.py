@@ -8,6 +8,12 @@ from mmray.errors import ConfigError, DataError, OutputError
 from mmray.storage import Folder
 
 
+def split_uri(uri: str) -> tuple[Folder, str]:
+    """Split a file's URI into its folder, and its name in it."""
+    place, slash, name = uri.rpartition("/")
+    return Folder(place + slash or "."), name
+
+
 def file_place(uri: str, *, outside: Folder | None = None) -> tuple[Folder, str]:
     """Tell where a file of this URI will be published, before there is work that could be lost.
 
@@ -22,8 +28,7 @@ def file_place(uri: str, *, outside: Folder | None = None) -> tuple[Folder, str]
         ConfigError: the URI names a folder, or lies below a file.
         OutputError: it lies in what it must not lie in.
     """
-    place, slash, name = uri.rpartition("/")
-    folder = Folder(place + slash or ".")
+    folder, name = split_uri(uri)
     path = Path(folder.root)
     below_file = folder.is_local and next(each for each in (path, *path.parents) if each.exists()).is_file()
     if not name or below_file or (folder.is_local and (path / name).is_dir()):
@@ -39,9 +44,9 @@ def read_text(uri: str) -> str:
     Raises:
         DataError: there is none, or it is not UTF-8.
     """
-    folder, slash, name = uri.rpartition("/")
+    folder, name = split_uri(uri)
     try:
-        return Folder(folder + slash or ".").read(name).decode("utf-8-sig")
+        return folder.read(name).decode("utf-8-sig")
     except (FileNotFoundError, IsADirectoryError):
         raise DataError(f"{uri}: no such file") from None
     except UnicodeDecodeError as error:

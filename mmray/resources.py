@@ -9,6 +9,7 @@ import ray
 
 from mmray.config import ComputeConfig, Workers
 from mmray.errors import ClusterError, ConfigError
+from mmray.joining import join_cluster
 
 TASKS_PER_CPU = 4
 ACTOR_CPUS = 8.0
@@ -40,7 +41,7 @@ class Resources(NamedTuple):
             ClusterError: there is a head alone so far.
         """
         if not ray.is_initialized():
-            ray.init()
+            join_cluster()
         alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
         there = cls({key: Node(has.get("CPU", 0), int(has.get("GPU", 0))) for key, has in alive.items()})
         if not there.cpus:

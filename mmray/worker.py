@@ -202,7 +202,7 @@ class Collate(NumpyBatchCollateFn):
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
-        """Turn what `decode_rows` gave into the parts of `Inputs`, `targets` and `valid`."""
+        """Turn what `decode_rows` gave into the parts of `Inputs`, `targets`, `mask` and `valid`."""
         captions = batch.pop("caption").tolist()
         batch["input_ids"], batch["attention_mask"] = tokenize(self.tokenizer, captions, self.max_tokens)
         return {
@@ -212,7 +212,7 @@ class Collate(NumpyBatchCollateFn):
 
 
 def shuffle_buffer_rows(job: TrainJob, batch_size: int, world_size: int) -> int:
-    """Size the buffer that rows are drawn from: as many as 256 MiB hold, and at least four batches.
+    """Size the buffer that rows are drawn from: as 256 MiB hold, 8,192 at most, and four batches at least.
 
     Ray gives no batch before it has half as much again; so no more than an eighth of the epoch, either, or
     training would begin when most of it is decoded.

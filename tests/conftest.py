@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmray.cli import RAY_ENVIRONMENT, WORKER_ENVIRONMENT
+from mmray.joining import RAY_ENVIRONMENT, WORKER_ENVIRONMENT
 
 REPOSITORY = Path(__file__).parents[1]
 os.environ |= RAY_ENVIRONMENT | WORKER_ENVIRONMENT

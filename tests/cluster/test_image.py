@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mmray.cli import WORKER_ENVIRONMENT
+from mmray.joining import WORKER_ENVIRONMENT
 
 REPOSITORY = Path(__file__).parents[2]
 DOCKERFILE = REPOSITORY / "cluster" / "Dockerfile"

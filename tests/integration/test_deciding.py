@@ -216,6 +216,7 @@ def test_the_job_says_what_it_cannot_use(options, told):
         ("a.json", "[0.5]", "no file that holds label: threshold pairs"),
         ("a.json", "{}", "no file that holds label: threshold pairs"),
         ("missing.json", None, "no file that holds label: threshold pairs"),
+        ("", None, "no file that holds label: threshold pairs"),  # the folder itself
         ("thresholds.json", '{"thresholds": [0.5]}', "no labels.json of the same bundle"),
     ],
 )

@@ -150,14 +150,17 @@ def test_a_process_without_a_cluster_labels_on_one_of_its_own(archive, bundle_ur
     code = (
         "import mmray; from mmray.config import LabelConfig; config = LabelConfig(max_failed_fraction=0.05); "
         f"places = {str(archive.folder)!r}, {bundle_uri!r}, 'labeled'; "
-        "print(mmray.label_dataset(*places, config=config).summary())"
+        "print(mmray.label_dataset(*places, config=config).summary()); "
+        "import os; print('usage statistics:', os.environ['RAY_USAGE_STATS_ENABLED'])"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    unset = {"RAY_ADDRESS", "RAY_USAGE_STATS_ENABLED"}
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment
     )
     assert done.returncode == 0, done.stderr
     assert f"{archive.num_rows:,} rows labeled" in done.stdout
+    assert "usage statistics: 0" in done.stdout
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.AcceleratorError])

@@ -20,7 +20,7 @@ from uuid import uuid4
 
 import click
 
-from mmray.cli import WORKER_ENVIRONMENT
+from mmray.joining import WORKER_ENVIRONMENT
 
 SAMPLES_PER_S = 2
 

@@ -60,7 +60,6 @@ ROW_GROUP_ROWS = 1001
 SHARDS_OF_LARGE = 10
 NUM_MISSING = 5
 """Of either kind of file."""
-RECORDS_PART = 1000
 
 
 class Layout(NamedTuple):

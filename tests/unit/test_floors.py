@@ -65,6 +65,7 @@ FLOORS = [
     ],
     # 2: on Ray Data and Ray Train
     [
+        "joining",
         "resources",
         "datasets",
         "start",

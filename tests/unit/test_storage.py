@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmray.errors import ConfigError, DataError
+from mmray.files import split_uri
 from mmray.storage import Folder, visible
 from mmray.stores import shared_environment
 
@@ -403,3 +404,11 @@ def test_where_nothing_is_set_nothing_is_shared(aws):
 )
 def test_a_path_with_a_part_that_begins_with_a_dot_or_underscore_is_no_data(path, is_data):
     assert visible(path) == is_data
+
+
+@pytest.mark.parametrize(
+    ("uri", "folder"), [("/t.json", "/"), ("file:///t.json", "/"), ("s3://bucket/t.json", "s3://bucket")]
+)
+def test_a_file_at_the_root_is_not_taken_for_one_of_the_working_directory(uri, folder):
+    found, name = split_uri(uri)
+    assert (found.uri, name) == (folder, "t.json")

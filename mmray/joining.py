@@ -1,0 +1,92 @@
+"""Joining a Ray cluster, or starting one on this machine: what Ray and its workers are told.
+
+Ray is imported in functions, after the variables that it reads as it is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+WORKER_ENVIRONMENT = {
+    # Decoding shares the cores with the model, whose threads must not spin while they wait for one another:
+    # a forward pass on two busy cores took 0.08 s with this and 0.6 to 1.0 s without (2026-11-23).
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # What a batch took is kept for the next one. By default glibc gives each large piece back to the kernel,
+    # to get it again page by page: half of the CPU time of EfficientNet-B0 (`tests/peers/allocation.py`).
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+    "MALLOC_ARENA_MAX": "1",  # all threads share it
+}
+"""Read by libraries as a process starts. `jobs/runtime-env.yaml` and the image say the same for clusters."""
+
+
+def join_cluster(*, quiet: bool = False) -> bool:
+    """Join the Ray cluster that the environment names, or start one on this machine, without a dashboard.
+
+    Args:
+        quiet: keep what Ray and its workers say off stderr.
+
+    Returns:
+        Whether that was still to be done.
+    """
+    for name, value in (RAY_ENVIRONMENT | WORKER_ENVIRONMENT).items():
+        os.environ.setdefault(name, value)
+    if quiet:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import ray
+
+    if ray.is_initialized():
+        return False
+    with _silenced() if quiet else nullcontext():
+        ray.init(
+            log_to_driver=not quiet,
+            logging_level="ERROR" if quiet else "INFO",
+            include_dashboard=False,
+            runtime_env=_runtime_env(),
+        )
+    return True
+
+
+def _runtime_env() -> dict[str, Any] | None:
+    """Have workers on all nodes take over what this process's environment says of object storage.
+
+    By a function that they run as they start, not by `env_vars`: these are written into the logs of every
+    node and shown by the dashboard and `ray list`. The function is held by the cluster's control store, where
+    whoever may run jobs on the cluster could find it. Roles of the machines leave nothing to find.
+    """
+    from mmray.stores import shared_environment
+
+    variables = shared_environment()
+    if not variables:
+        return None
+
+    def share_environment() -> None:
+        os.environ.update(variables)
+
+    return {"worker_process_setup_hook": share_environment}
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Keep file descriptor 2 quiet: Ray's core prints there that it was told to print nothing."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
