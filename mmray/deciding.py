@@ -82,11 +82,9 @@ def decide_again(
     started = time.monotonic()
     output = Folder(output_uri)
     earlier, before = Earlier.find(predictions_uri, "--predictions")
-    if before.settings["scores"] != "all":
-        raise ConfigError(f"{earlier} was labeled with --scores {before.settings['scores']}: needs all")
-    vocabulary = Vocabulary(tuple(before.settings["labels"]))
-    known = np.array(before.settings["thresholds"], float)
-    rule = Rule(vocabulary, settle_thresholds(thresholds, vocabulary, known), fallback)
+    before.require_scores(earlier)
+    vocabulary = before.vocabulary
+    rule = Rule(vocabulary, settle_thresholds(thresholds, vocabulary, before.thresholds), fallback)
     settings = before.settings | {
         "thresholds": rule.thresholds.tolist(),
         "fallback": fallback,

@@ -125,7 +125,7 @@ def evaluate_predictions(
         DataError: the rows are unusable, bear labels that the model does not know, or cannot be joined.
     """
     pairs = Pairs.find(data_uri, predictions_uri, columns or Columns())
-    grader = Grader(pairs.vocabulary, np.array(pairs.plan.settings["thresholds"]), pairs.scored)
+    grader = Grader(pairs.plan.vocabulary, pairs.plan.thresholds, pairs.plan.scored)
     if not pairs.by_position:
         return grader.summary([grader.count(*pairs.joined()).to_vector()])
 

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmray.config import Columns
-from mmray.errors import ConfigError
 from mmray.files import file_place
 from mmray.label_studio import Question, form, tasks
 from mmray.looks import Reader
@@ -23,7 +22,7 @@ from mmray.picking import Pick, first_turns, take_first
 from mmray.plan import Plan
 from mmray.resources import spread
 from mmray.retry import Earlier
-from mmray.schema import KeptScores, Vocabulary, output_name, score_matrix
+from mmray.schema import KeptScores, output_name, score_matrix
 from mmray.storage import Folder
 from mmray.survey import Surveyor
 
@@ -56,7 +55,7 @@ def export_uncertain(predictions_uri: str, output_uri: str, count: int) -> int:
     place, name = file_place(output_uri, outside=output)
     picks = least_certain(output, plan, count)
     looks = Reader(output, plan.settings, None).read_all(plan.files, picks)
-    vocabulary = Vocabulary(tuple(plan.settings["labels"]))
+    vocabulary = plan.vocabulary
     shape, everything = (len(looks), len(vocabulary)), np.ones(len(looks), bool)
     decided = np.array([look.decided for look in looks], bool).reshape(shape)
     scores = np.array([look.scores for look in looks], np.float32).reshape(shape)
@@ -132,7 +131,7 @@ def least_certain(output: Folder, plan: Plan, count: int) -> list[Pick]:
         OutputError: a file is gone or damaged.
     """
     require_range("--count", count, 1, MOST_PICKS)
-    _require_scores(output, plan)
+    plan.require_scores(output)
     surveyor = Surveyor.of(output, plan)
 
     def pick(paths: Sequence[str]) -> list[Pick]:
@@ -170,8 +169,8 @@ def export_cleanlab(
     """
     pairs = Pairs.find(data_uri, predictions_uri, columns or Columns())
     place, name = file_place(output_uri, outside=pairs.predictions)
-    _require_scores(pairs.predictions, pairs.plan)
-    vocabulary = pairs.vocabulary
+    pairs.plan.require_scores(pairs.predictions)
+    vocabulary = pairs.plan.vocabulary
 
     def arrays_of(pair: Pair, ids: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         truth, labeled = pair
@@ -206,8 +205,3 @@ def export_cleanlab(
 def _finished(predictions_uri: str) -> tuple[Folder, Plan]:
     earlier, plan = Earlier.find(predictions_uri, "--predictions")
     return earlier.folder, plan
-
-
-def _require_scores(output: Folder, plan: Plan) -> None:
-    if plan.settings["scores"] != "all":
-        raise ConfigError(f"{output} was labeled with --scores {plan.settings['scores']}: needs all")

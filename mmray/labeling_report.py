@@ -102,7 +102,7 @@ def _facts(survey: Survey, plan: Plan) -> Iterator[tuple[str, str]]:
     yield "labels a row", f"{np.sum(survey.labels) / num_rows:.2f}"
     yield "failed", f"{survey.counts['failed'] / num_rows:.2%}"
     yield "without a label", f"{survey.num_empty / num_rows:.2%}"
-    if plan.settings["scores"] == "all":
+    if plan.scored:
         yield "fallback to the top label", f"{survey.num_fallback / num_rows:.2%}"
 
 

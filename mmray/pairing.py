@@ -13,10 +13,10 @@ from mmray.columns import refuse_pickles, require_columns
 from mmray.config import Columns
 from mmray.damage import reading_labels
 from mmray.datasets import Rows
-from mmray.errors import DataError, OutputError
+from mmray.errors import DataError
 from mmray.parquet import DataFile, read_footer, read_units
 from mmray.plan import Plan
-from mmray.schema import Vocabulary, output_name
+from mmray.schema import output_name
 from mmray.storage import Folder
 
 log = logging.getLogger(__name__)
@@ -42,20 +42,8 @@ class Pairs:
             DataError: the rows are unusable.
         """
         predictions = Folder(predictions_uri)
-        plan = Plan.load(predictions)
-        if plan is None:
-            raise OutputError(f"{predictions_uri} has no plan: it is no output of label.py")
+        plan = Plan.of_output(predictions)
         return cls(Rows.find(data_uri, columns, needs=["labels"]), predictions, plan)
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The labels that the model knows."""
-        return Vocabulary(tuple(self.plan.settings["labels"]))
-
-    @property
-    def scored(self) -> bool:
-        """Whether all scores were kept."""
-        return bool(self.plan.settings["scores"] == "all")
 
     @property
     def files(self) -> list[DataFile]:
@@ -112,7 +100,7 @@ class Pairs:
         return truth["truth"].take(index.drop_null()), labeled.filter(matched)
 
     def _predictions(self, path: str, *more: str) -> pa.Table:
-        columns = ["predicted_labels", *(["scores"] if self.scored else []), *more]
+        columns = ["predicted_labels", *(["scores"] if self.plan.scored else []), *more]
         with reading_labels(f"{self.predictions}/{path}"):
             labeled = pq.read_table(pa.BufferReader(self.predictions.read(path)), columns=columns)
         refuse_pickles(labeled.schema, f"{self.predictions}/{path}")

@@ -13,12 +13,14 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmray.errors import DataError, OutputError
+from mmray.errors import ConfigError, DataError, OutputError
 from mmray.fingerprints import differences, fingerprint
 from mmray.parquet import DataFile, Unit
+from mmray.schema import Vocabulary
 from mmray.storage import Folder
 
 SCHEMA_VERSION = 1
@@ -74,6 +76,42 @@ class Plan:
     def num_shards(self) -> int:
         """Planned shards."""
         return sum(len(file.shards) for file in self.files)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The labels that the model knows."""
+        return Vocabulary(tuple(self.settings["labels"]))
+
+    @property
+    def thresholds(self) -> np.ndarray:
+        """float64 (L,), that decided."""
+        return np.array(self.settings["thresholds"], float)
+
+    @property
+    def scored(self) -> bool:
+        """Whether all scores are kept."""
+        return bool(self.settings["scores"] == "all")
+
+    def require_scores(self, output: object) -> None:
+        """Refuse an output, by what it is called, that keeps fewer.
+
+        Raises:
+            ConfigError: it does.
+        """
+        if not self.scored:
+            raise ConfigError(f"{output} was labeled with --scores {self.settings['scores']}: needs all")
+
+    @classmethod
+    def of_output(cls, output: Folder) -> Plan:
+        """Read the plan of an output.
+
+        Raises:
+            OutputError: it has none, or one of another schema version.
+        """
+        plan = cls.load(output)
+        if plan is None:
+            raise OutputError(f"{output} has no plan: it is no output of label.py")
+        return plan
 
     @classmethod
     def load(cls, output: Folder) -> Plan | None:

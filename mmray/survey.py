@@ -90,13 +90,8 @@ class Surveyor:
     @classmethod
     def of(cls, output: Folder, plan: Plan) -> Surveyor:
         """Take it from the plan of an output."""
-        return cls(
-            output,
-            Vocabulary(tuple(plan.settings["labels"])),
-            np.array(plan.settings["thresholds"], float),
-            plan.settings.get("fallback", True),
-            plan.settings["scores"] == "all",
-        )
+        fallback = plan.settings.get("fallback", True)
+        return cls(output, plan.vocabulary, plan.thresholds, fallback, plan.scored)
 
     def survey(self, path: str) -> Survey:
         """Count the rows of one file, in a stream.

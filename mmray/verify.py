@@ -59,9 +59,7 @@ def verify_dataset(input_uri: str, output_uri: str) -> Verification:
         DataError: the input cannot be read.
     """
     output = Folder(output_uri)
-    plan = Plan.load(output)
-    if plan is None:
-        raise OutputError(f"{output_uri} has no plan: it is no output of label.py")
+    plan = Plan.of_output(output)
     manifest, present = output.read_json(MANIFEST), output.list()
     if manifest is None or SUCCESS not in present:
         raise OutputError(f"{output_uri} is not finished; run label.py again, it resumes")
