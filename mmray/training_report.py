@@ -14,7 +14,7 @@ import numpy as np
 from mmray import ablate
 from mmray.bundle import Bundle
 from mmray.charts import Chart, Series
-from mmray.decisions import Calibration, decide
+from mmray.decisions import decide
 from mmray.errors import BundleError
 from mmray.metrics import THRESHOLDS
 from mmray.page import Cell, Page, Section, Table
@@ -52,7 +52,7 @@ def training_report(folder: Folder) -> Page:
     sections.append(by_label(metrics, bundle, names))
     validation = read_validation(run)
     if validation is not None:
-        scores = bundle.calibration.scores(validation.logits) * validation.valid[:, None]
+        scores = validation.scores(bundle.calibration)
         charted = np.argsort(-validation.targets.sum(axis=0), kind="stable")[:MAX_CHARTED]
         sections += [
             reliability(validation, scores),
@@ -149,10 +149,8 @@ def by_label(metrics: dict[str, Any], bundle: Bundle, names: Sequence[str]) -> S
 
 def reliability(validation: Validation, scores: np.ndarray) -> Section:
     """Show whether scores mean what they say."""
-    identity = Calibration.identity(scores.shape[1])
-    raw = identity.scores(validation.logits) * validation.valid[:, None]
     series = [Series([0, 1], [0, 1], "perfect")]
-    for name, found in (("calibrated", scores), ("as the model gives them", raw)):
+    for name, found in (("calibrated", scores), ("as the model gives them", validation.scores())):
         number, score, target = validation.counts(found, np.full(scores.shape[1], 0.5)).calibration
         there = number > 0
         series.append(Series(score[there] / number[there], target[there] / number[there], name))

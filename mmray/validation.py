@@ -60,7 +60,7 @@ class Validation(NamedTuple):
         Returns:
             `Counts.summary`, and the `threshold`.
         """
-        scores = Calibration.identity(len(vocabulary)).scores(self.logits) * self.valid[:, None]
+        scores = self.scores()
 
         def count(threshold: float) -> Counts:
             vector = torch.from_numpy(self.counts(scores, np.full(len(vocabulary), threshold)).to_vector())
@@ -70,6 +70,11 @@ class Validation(NamedTuple):
 
         threshold = count(0.5).best_threshold()
         return count(threshold).summary(vocabulary.labels) | {"threshold": threshold}
+
+    def scores(self, calibration: Calibration | None = None) -> np.ndarray:
+        """Give calibrated scores, or those of the model: float32 (B, L), zeros of rows that failed."""
+        calibration = calibration or Calibration.identity(self.logits.shape[1])
+        return calibration.scores(self.logits) * self.valid[:, None]
 
     def counts(self, scores: np.ndarray, thresholds: np.ndarray) -> Counts:
         """Count rows by their scores (B, L)."""
@@ -101,8 +106,7 @@ class Validation(NamedTuple):
     def settle(self, vocabulary: Vocabulary) -> Settled:
         """Fit calibration and thresholds to these rows, and measure what they are worth."""
         calibration = Calibration.fit(self.logits[self.valid], self.targets[self.valid])
-        raw = Calibration.identity(len(vocabulary)).scores(self.logits) * self.valid[:, None]
-        scores = calibration.scores(self.logits) * self.valid[:, None]
+        scores = self.scores(calibration)
         thresholds = tune_thresholds(scores, self.targets)
         half = np.full(len(vocabulary), 0.5)
         single = np.full(len(vocabulary), self.counts(scores, half).best_threshold())
@@ -113,12 +117,12 @@ class Validation(NamedTuple):
         metrics, brief = measure(scores, thresholds), ("sample_f1", "micro_f1", "macro_f1", "fallback_rate")
         found = {"0.5": measure(scores, half), "single": measure(scores, single), "per-label": metrics}
         metrics |= {"by_decision": {name: {key: each[key] for key in brief} for name, each in found.items()}}
-        metrics["ece_uncalibrated"] = measure(raw, half)["ece"]
+        metrics["ece_uncalibrated"] = measure(self.scores(), half)["ece"]
         metrics["by_modality"] = {}
         for place, modality in enumerate(("image", "caption")[: self.alone.shape[1]]):
             alone = self._replace(logits=self.alone[:, place], valid=self.valid & self.there[:, place])
-            seen = calibration.scores(alone.logits) * alone.valid[:, None]
-            metrics["by_modality"][modality] = alone.counts(seen, thresholds).summary(vocabulary.labels)
+            counts = alone.counts(alone.scores(calibration), thresholds)
+            metrics["by_modality"][modality] = counts.summary(vocabulary.labels)
         return Settled(calibration, thresholds, metrics)
 
 
