@@ -91,6 +91,7 @@ def forecast(
     Raises:
         DataError: the rows are unusable.
         BundleError: the bundle is incomplete or damaged.
+        ConfigError: a GPU is asked for, and the cluster has none.
     """
     columns, scoring, bundle = columns or Columns(), scoring or ScoringConfig(), Bundle.load(model_uri)
     rows = Rows.find(input_uri, columns, needs=("image", "caption"))

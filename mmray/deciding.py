@@ -62,7 +62,6 @@ def decide_again(
     thresholds: float | Mapping[str, Any] | None = None,
     *,
     fallback: bool = True,
-    compute: ComputeConfig | None = None,
     progress: bool = False,
 ) -> LabelingResult:
     """Apply other thresholds, or another rule, to a finished output of `label_dataset`; needs no model.
@@ -72,7 +71,6 @@ def decide_again(
         output_uri: folder for a new one.
         thresholds: one for all labels; or by label, where others keep theirs.
         fallback: whether the top label speaks where no score reaches its threshold.
-        compute: where the work runs.
         progress: show how the run goes, on stderr.
 
     Raises:
@@ -90,7 +88,7 @@ def decide_again(
         "fallback": fallback,
         "decided_from": earlier.manifest_sha256,
     }
-    pool = Pool.on_cluster(compute or ComputeConfig())
+    pool = Pool.on_cluster(ComputeConfig(use_gpu=False)).without_actors()
     refuse_inside(output, earlier.folder)
     with Lease(output) as lease:
         plan = find_plan(output) or Plan((), settings).append(output, before.files, before.skipped)

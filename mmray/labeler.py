@@ -109,7 +109,12 @@ class Labeler:
 
     @classmethod
     def load(cls, uri: str, **settings: Any) -> Labeler:
-        """Load a bundle by its local path or URI; settings are the constructor's."""
+        """Load a bundle by its local path or URI; settings are the constructor's.
+
+        Raises:
+            BundleError: it is incomplete, damaged, or of another schema version.
+            ConfigError: as the constructor does.
+        """
         return cls(Bundle.load(uri), **settings)
 
     def __call__(self, images: Sequence[Image | Row], captions: Sequence[str | None]) -> Labeled:

@@ -94,6 +94,8 @@ def label_dataset(
         DataError: the input is unusable, or is not the one that was planned.
         BundleError: the bundle is incomplete, damaged or of another version.
         OutputError: the output belongs to another job; BudgetError: too many rows failed.
+        ConfigError: a GPU is asked for, and the cluster has none; ClusterError: it has no CPU yet.
+        StorageError: shards are left whose storage failed, or whose workers died; the same call resumes.
     """
     columns, config, compute = columns or Columns(), config or LabelConfig(), compute or ComputeConfig()
     started = time.monotonic()

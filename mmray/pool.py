@@ -68,6 +68,10 @@ class Pool(NamedTuple):
             places=there.with_cpus(),
         )
 
+    def without_actors(self) -> Pool:
+        """Leave the actors' CPUs to tasks, where there is no model."""
+        return self._replace(num_tasks=self.num_tasks + int(self.minimum * self.num_cpus))
+
     @property
     def device(self) -> str:
         """Where an actor computes. Not on any GPU that it sees: Ray may have given that one to another."""

@@ -72,6 +72,7 @@ def prepare_kaggle(csv_uri: str, images_uri: str, output_uri: str, val_fraction:
 
     Raises:
         DataError: the CSV has another layout, or names an image outside the folder.
+        ConfigError: the validation fraction is none.
         OutputError: the output holds other Parquet files.
     """
     rows = kaggle_rows(read_text(csv_uri), csv_uri)

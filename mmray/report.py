@@ -40,7 +40,7 @@ def write_report(
     Raises:
         OutputError: the run is none, or not finished.
         ConfigError: an option does not belong to this kind of run.
-        DataError: the input is not what was labeled.
+        DataError: the input is not what was labeled; BundleError: a bundle is incomplete or damaged.
     """
     run = Folder(run_uri)
     place, name = file_place(output_uri, outside=run)

@@ -78,7 +78,9 @@ def train_model(
 
     Raises:
         DataError: the rows are unusable.
-        ConfigError: a tower is unknown or out of reach.
+        ConfigError: a tower is unknown, out of reach, or does not fit what it starts from.
+        BundleError: what it starts from is incomplete or damaged.
+        ClusterError: the cluster has no CPU yet.
         OutputError: the output holds a bundle of other data or another recipe.
     """
     model, train = model or ModelConfig(), train or TrainConfig()

@@ -104,6 +104,12 @@ def test_gpus_of_a_head_without_cpus_are_out_of_reach(monkeypatch):
     assert not Pool.on_cluster(ComputeConfig()).num_gpus
 
 
+@pytest.mark.parametrize("there", [LAPTOP, ONE_LARGE, GPU_NODE, MANY])
+def test_without_actors_tasks_have_all_cpus(monkeypatch, there):
+    monkeypatch.setattr(Resources, "of_cluster", lambda: there)
+    assert Pool.on_cluster(ComputeConfig(use_gpu=False)).without_actors().num_tasks >= there.cpus
+
+
 def test_without_gpus_none_decodes(monkeypatch):
     monkeypatch.setattr(Resources, "of_cluster", lambda: LAPTOP)
     pool = Pool.on_cluster(ComputeConfig())
