@@ -85,7 +85,6 @@ def score_shards(folder: Folder, work: Work, scorer: Scorer) -> ray.data.Dataset
     pool = scorer.pool
     # Ray Data has no other door for the limits of retries than the arguments that it calls deprecated.
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
-    warnings.filterwarnings("ignore", "The maximum number of concurrent tasks")  # a small job has fewer
     source = ShardSource(folder, work, scorer.columns, scorer.earlier)
     read = ray.data.read_datasource(source, **pool.tasks())
     if scorer.decodes_apart:
@@ -258,6 +257,7 @@ def streaming(pool: Pool, *, tolerant: bool = False) -> Iterator[None]:
         pool: where work may run.
         tolerant: go on when a block is lost with its workers, after all attempts.
     """
+    warnings.filterwarnings("ignore", "The maximum number of concurrent tasks")  # a small job has fewer
     context = DataContext.get_current()
     settings = [
         (context, "target_max_block_size", BLOCK_BYTES),
