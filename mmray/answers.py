@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmray.columns import require_columns, require_kinds, text_values
+from mmray.columns import text_values
 from mmray.config import Columns
 from mmray.errors import DataError, OutputError
 from mmray.fetch import fetch_images, image_values
@@ -91,10 +91,7 @@ def _require_asked(
         DataError: it is not.
     """
     where = f"{folder}/{file.path}"
-    needed = {"--image-column": columns.image, "--caption-column": columns.caption}
-    require_columns(schema, needed, where)
-    fetchable = bool(columns.image_prefixes)
-    require_kinds(schema, columns.image, columns.caption, where, fetchable=fetchable)
+    columns.require(schema, where)
     for row, answer in answers.items():
         if answer.footer_sha256 != file.footer_sha256 or not 0 <= row < file.num_rows:
             raise DataError(f"{where}: row {row} is not the one of the tasks; {OTHER_ROWS}")

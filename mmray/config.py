@@ -6,9 +6,13 @@ Each field names its type, default and help once; `mmray.cli` makes the command 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import pyarrow as pa
+
+from mmray.columns import require_columns, require_kinds
 from mmray.errors import ConfigError
 from mmray.options import option, require_choice, require_range
 from mmray.schema import KeptScores
@@ -41,6 +45,22 @@ class Columns:
     def __post_init__(self) -> None:
         """Refuse prefixes that nothing could be fetched from."""
         Prefixes.parse(self.image_prefixes)
+
+    def require(self, schema: pa.Schema, where: str, needs: Sequence[str] = ("image", "caption")) -> None:
+        """Check that a file has the columns that are needed, and that images and captions are such.
+
+        Args:
+            schema: of the file.
+            where: the file, for the message.
+            needs: fields of this class.
+
+        Raises:
+            DataError: a column is missing, or of another type.
+        """
+        flags = {field.name: field.metadata["flag"] for field in fields(self)}
+        require_columns(schema, {flags[name]: getattr(self, name) for name in needs}, where)
+        if "image" in needs:
+            require_kinds(schema, self.image, self.caption, where, fetchable=bool(self.image_prefixes))
 
 
 @dataclass(frozen=True)

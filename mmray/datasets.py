@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import ray.train
 from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from mmray.columns import image_bytes, require_columns, require_kinds, text_values
+from mmray.columns import image_bytes, text_values
 from mmray.config import Columns, ModelConfig
 from mmray.decoding import decode_row
 from mmray.errors import DataError
@@ -49,13 +49,8 @@ class Rows:
         """
         folder, files = find_files(uri)
         described = describe_files(folder, files, columns.image)
-        flags = {field.name: field.metadata["flag"] for field in fields(Columns)}
-        needed = {flags[name]: getattr(columns, name) for name in needs}
         for file, schema in described:
-            require_columns(schema, needed, f"{folder}/{file.path}")
-            if "image" in needs:
-                where, fetchable = f"{folder}/{file.path}", bool(columns.image_prefixes)
-                require_kinds(schema, columns.image, columns.caption, where, fetchable=fetchable)
+            columns.require(schema, f"{folder}/{file.path}", needs)
         rows = cls(folder, tuple(file for file, _ in described if file.num_rows), columns)
         if not rows.files:
             raise DataError(f"{uri}: its {len(files)} files hold no row")

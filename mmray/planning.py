@@ -9,7 +9,6 @@ from typing import Any
 import pyarrow as pa
 
 from mmray.bundle import Bundle
-from mmray.columns import require_columns, require_kinds
 from mmray.config import Columns, LabelConfig
 from mmray.errors import DataError, OutputError
 from mmray.images import DECODER, GPU_DECODER
@@ -138,9 +137,7 @@ def _refuse_decided(plan: Plan, output: object) -> None:
 
 def _require_usable(schema: pa.Schema, columns: Columns, where: str) -> dict[str, str]:
     """Check that the rows of a file can be labeled; gives the columns that get another name."""
-    needed = {"--image-column": columns.image, "--caption-column": columns.caption}
-    require_columns(schema, needed, where)
-    require_kinds(schema, columns.image, columns.caption, where, fetchable=bool(columns.image_prefixes))
+    columns.require(schema, where)
     try:
         names = passthrough_names(schema, columns.image)
     except DataError as error:
