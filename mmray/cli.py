@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import os
 import signal
 import sys
 import types
@@ -173,12 +172,8 @@ def cluster() -> Iterator[None]:
 
     Raises:
         ConfigError: the environment names a job server instead.
+        ClusterError: the cluster that it names is not there.
     """
-    if (address := os.environ.get("RAY_ADDRESS", "")).startswith(("http://", "https://")):
-        raise ConfigError(
-            f"RAY_ADDRESS={address} is a job server: hand it this command with `ray job submit`, "
-            "or unset RAY_ADDRESS to run here"
-        )
     from mmray.joining import join_cluster
 
     quiet = not is_verbose()

@@ -6,10 +6,16 @@ Ray is imported in functions, after the variables that it reads as it is importe
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
+
+from mmray.errors import ClusterError, ConfigError
+
+ANSWER_S = 5.0
 
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -40,6 +46,10 @@ def join_cluster(*, quiet: bool = False) -> bool:
 
     Returns:
         Whether that was still to be done.
+
+    Raises:
+        ConfigError: the environment names a job server instead.
+        ClusterError: the cluster that it names is not there.
     """
     for name, value in (RAY_ENVIRONMENT | WORKER_ENVIRONMENT).items():
         os.environ.setdefault(name, value)
@@ -49,6 +59,7 @@ def join_cluster(*, quiet: bool = False) -> bool:
 
     if ray.is_initialized():
         return False
+    _require_answer()
     with _silenced() if quiet else nullcontext():
         ray.init(
             log_to_driver=not quiet,
@@ -57,6 +68,36 @@ def join_cluster(*, quiet: bool = False) -> bool:
             runtime_env=_runtime_env(),
         )
     return True
+
+
+def _require_answer() -> None:
+    """Refuse an address at which no cluster answers: `ray.init()` would wait there without end or word."""
+    address, place = os.environ.get("RAY_ADDRESS", ""), "RAY_ADDRESS"
+    if address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"RAY_ADDRESS={address} is a job server: hand it this command with `ray job submit`, "
+            "or unset RAY_ADDRESS to run here"
+        )
+    if address in ("", "auto"):
+        # `ray start` writes it, and only `ray stop` takes it away: a machine that crashed has it still.
+        place = str(_temporary() / "ray" / "ray_current_cluster")
+        address = Path(place).read_text().strip() if Path(place).exists() else ""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+    except OSError as error:
+        raise ClusterError(
+            f"{place}: no Ray cluster answers at {address} ({error}); start it, "
+            "or run on this machine alone by RAY_ADDRESS=local"
+        ) from None
+
+
+def _temporary() -> Path:
+    """Name the folder below which Ray keeps what it knows of this machine."""
+    names = ("RAY_TMPDIR", "TMPDIR") if sys.platform.startswith("linux") else ("RAY_TMPDIR",)
+    return Path(next((os.environ[name] for name in names if name in os.environ), "/tmp"))
 
 
 def _runtime_env() -> dict[str, Any] | None:

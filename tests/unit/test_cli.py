@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from mmray.cli import VERBOSE, at_edge, cluster, job, options
-from mmray.errors import BudgetError, ConfigError, DataError, MmrayError, find_error
+from mmray.errors import BudgetError, ClusterError, ConfigError, DataError, MmrayError, find_error
 from mmray.options import option
 
 REPOSITORY = Path(__file__).parents[2]
@@ -227,6 +228,29 @@ def test_no_line_at_the_edge_holds_a_secret(kind, monkeypatch):
 def test_the_address_of_a_job_server_is_no_place_to_run(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     with pytest.raises(ConfigError, match=r"RAY_ADDRESS=http://head:8265 .*ray job submit"), cluster():
+        pytest.fail("it ran")
+
+
+@pytest.fixture
+def deserted():
+    """An address at which nothing listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and never listens
+        yield f"127.0.0.1:{taken.getsockname()[1]}"
+
+
+def test_a_cluster_that_is_gone_is_not_waited_for(deserted, monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_ADDRESS", deserted)
+    with (
+        pytest.raises(ClusterError, match=rf"^RAY_ADDRESS: no Ray cluster answers at {deserted} "),
+        cluster(),
+    ):
+        pytest.fail("it ran")
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(f"{deserted}\n")  # as a crash leaves it behind
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with pytest.raises(ClusterError, match=r"ray/ray_current_cluster: no Ray .*RAY_ADDRESS=local"), cluster():
         pytest.fail("it ran")
 
 
