@@ -63,7 +63,7 @@ def uncertain(predictions_uri: str, output_uri: str, count: int) -> None:
 @job("label-studio")
 @predictions
 @click.option("--input", "input_uri", required=True, metavar="URI", help="The rows that were labeled.")
-@click.option("--image-prefix", "image_prefixes", multiple=True, help="Fetch images from below; repeatable.")
+@options(Columns, only=("image_prefixes",))
 @output
 @count
 def label_studio(
@@ -84,7 +84,7 @@ def label_studio(
 @click.option("--data", "data_uri", required=True, metavar="URI", help="Rows with labels.")
 @predictions
 @output
-@options(Columns)
+@options(Columns, only=("labels", "id"))
 def cleanlab(data_uri: str, predictions_uri: str, output_uri: str, **settings: Any) -> None:
     """Write scores and true labels, by which cleanlab finds wrong ones, as a NumPy archive.
 

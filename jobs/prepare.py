@@ -80,7 +80,7 @@ def folder(images_uri: str, csv_uri: str | None, output_uri: str, val_fraction: 
 @click.option("--answers", "answers_uri", required=True, metavar="URI", help="Label Studio's JSON export.")
 @click.option("--input", "input_uri", required=True, metavar="URI", help="The rows that were asked about.")
 @output
-@options(Columns)
+@options(Columns, only=("image", "caption", "id", "image_prefixes"))
 def label_studio(answers_uri: str, input_uri: str, output_uri: str, **settings: Any) -> None:
     """Prepare what people answered to the tasks of export.py label-studio, to train on next."""
     from mmray.answers import prepare_answers

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from mmray.cli import cluster, job
+from mmray.cli import cluster, job, options
+from mmray.config import Columns
 
 
 @job("report")
@@ -13,9 +14,7 @@ from mmray.cli import cluster, job
 @click.option(
     "--model", "model_uri", help="The bundle that labeled, to find rows where image and caption disagree."
 )
-@click.option(
-    "--image-prefix", "image_prefixes", multiple=True, help="Fetch images from below here; repeatable."
-)
+@options(Columns, only=("image_prefixes",))
 @click.option("--output", "output_uri", required=True, help="The HTML file.")
 def main(
     run_uri: str,

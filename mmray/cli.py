@@ -12,7 +12,7 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,14 +26,15 @@ EXIT_INTERRUPTED = 3
 VERBOSE = "mmray.verbose"
 
 
-def options(*kinds: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command an option for each field of the config classes, in their order."""
+def options(*kinds: type, only: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command an option for each field of the config classes, in their order; or for some alone."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for kind in reversed(kinds):
             hints = typing.get_type_hints(kind)
             for field in reversed(dataclasses.fields(kind)):
-                command = _option(field, hints[field.name])(command)
+                if not only or field.name in only:
+                    command = _option(field, hints[field.name])(command)
         return command
 
     return decorate
@@ -178,13 +179,11 @@ def cluster() -> Iterator[None]:
 
     quiet = not is_verbose()
     started_here = join_cluster(quiet=quiet)
-    import ray.data
+    import ray
 
     if started_here:
         # ray.init() set its own, which exits with the signal's number
         signal.signal(signal.SIGTERM, _interrupt)
-    # Else an error of a user's row would come out of `map` as one of Ray's, and end as failed infrastructure.
-    ray.data.DataContext.get_current().raise_original_map_exception = True
     if quiet:
         for name in ("ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # an error is told at the edge, in a line

@@ -68,15 +68,13 @@ class Rows:
         files = [(file.path, file.footer_sha256) for file in self.files]
         return [*files, ("selection", self.selection.fingerprint)] if self.selection else files
 
-    def dataset(self, columns: Sequence[str], seed: tuple[int, ...] | None = None) -> ray.data.Dataset:
-        """Stream the rows with Ray Data, a block for each shard.
+    def dataset(self, columns: Sequence[str]) -> ray.data.Dataset:
+        """Stream the rows with Ray Data, in the files' order, a block for each shard.
 
         Args:
             columns: of `image`, `caption` and `labels`, under these names whatever the files call them.
-            seed: shuffles the units anew each time the dataset is executed, that is each epoch, and adds a
-                column `draw`: uint64, another number for each row and epoch. None keeps the files' order.
         """
-        return ray.data.read_datasource(RowSource((self,), tuple(columns), seed))
+        return ray.data.read_datasource(RowSource((self,), tuple(columns), None))
 
 
 def examples(
@@ -91,7 +89,8 @@ def examples(
     Args:
         parts: rows that are shuffled together.
         vocabulary: of the L labels; the blocks' `targets` are list<float32>[L], their `mask` list<bool>[L].
-        seed: as in `Rows.dataset`.
+        seed: shuffles the units anew each time the dataset is executed, that is each epoch, and adds a
+            column `draw`: uint64, another number for each row and epoch. None keeps the files' order.
         num_cpus: that each task asks for.
     """
     source = RowSource(tuple(parts), ("image", "caption"), seed, vocabulary)

@@ -51,13 +51,17 @@ def join_cluster(*, quiet: bool = False) -> bool:
         ConfigError: the environment names a job server instead.
         ClusterError: the cluster that it names is not there.
     """
-    for name, value in (RAY_ENVIRONMENT | WORKER_ENVIRONMENT).items():
-        os.environ.setdefault(name, value)
-    if quiet:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    import ray
+    joined = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    if not joined:
+        for name, value in (RAY_ENVIRONMENT | WORKER_ENVIRONMENT).items():
+            os.environ.setdefault(name, value)
+        if quiet:
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import ray.data
 
-    if ray.is_initialized():
+    # Else an error of a user's row would come out of `map` as one of Ray's, and end as failed infrastructure.
+    ray.data.DataContext.get_current().raise_original_map_exception = True
+    if joined:
         return False
     _require_answer()
     with _silenced() if quiet else nullcontext():

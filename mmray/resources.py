@@ -40,8 +40,7 @@ class Resources(NamedTuple):
         Raises:
             ClusterError: there is a head alone so far.
         """
-        if not ray.is_initialized():
-            join_cluster()
+        join_cluster()
         alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
         there = cls({key: Node(has.get("CPU", 0), int(has.get("GPU", 0))) for key, has in alive.items()})
         if not there.cpus:

@@ -68,8 +68,9 @@ def recipe_of(
 ) -> dict[str, Any]:
     """Give all that the trained model depends on; without donors where they are not known yet."""
     init = None if donors is None else {part: bundle.fingerprint for part, bundle in donors.items()}
-    # JSON has no tuples.
+    # JSON has no tuples. Ids are not learned from.
     columns = asdict(val.columns) | {"image_prefixes": [*val.columns.image_prefixes]}
+    del columns["id"]
     return {
         **{name: fingerprint(part.identity()) for name, part in zip(("data", "pseudo"), parts, strict=False)},
         "val": fingerprint(val.identity()),
@@ -93,6 +94,7 @@ def is_finished(output: Folder, recipe: dict[str, Any]) -> bool:
         return False
     for part, kind in (("model", ModelConfig), ("train", TrainConfig)):  # options that came later were off
         known[part] = json.loads(json.dumps(asdict(kind()))) | known[part]
+    known["columns"].pop("id", None)  # recorded by an earlier mmray
     if recipe["train"]["init"] is None:
         known["train"]["init"] = None
     if found := differences(known, recipe):

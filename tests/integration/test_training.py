@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.data
 
 from mmray.bundle import Bundle
 from mmray.config import Columns, ComputeConfig, ModelConfig, TrainConfig
-from mmray.datasets import Rows, count_labels
+from mmray.datasets import Rows, RowSource, count_labels
 from mmray.demo import draw_scene
 from mmray.errors import ConfigError, DataError, OutputError
 from mmray.fitting import decoded_rows
@@ -66,7 +67,8 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.usefixtures("cluster")
 def test_each_epoch_reads_every_row_once_in_another_order(scenes):
     rows = Rows.find(scenes["train"], Columns())
-    stream = rows.dataset(["caption", "labels"], seed=(7,)).streaming_split(1)[0]
+    source = RowSource((rows,), ("caption", "labels"), seed=(7,))
+    stream = ray.data.read_datasource(source).streaming_split(1)[0]
     epochs = [[batch["draw"][0] for batch in stream.iter_batches(batch_size=None)] for _ in range(2)]
     assert epochs[0] != epochs[1]
     captions = [
