@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -57,35 +56,75 @@ def run(experiment: Experiment, places: Places, folder: Folder) -> dict[str, Any
     """Train an experiment, unless that is done, and measure it.
 
     Returns:
-        By reading, the METRICS: `0.5`, `single` and `per-label` are thresholds, `uncalibrated` leaves the
-        scores as the model gives them, `no image` and `no caption` hide these, `teacher` is who taught; and
-        `seconds`.
+        By reading, the METRICS. `whole` is what the bundle gives. `0.5`, `single` and `per-label` are
+        thresholds, and `uncalibrated` leaves the scores as the model gives them: each on rows that it was not
+        fitted to. `no image` and `no caption` hide these, `teacher` is who taught, and `more steps` a teacher
+        who took as many steps as the student. `seconds` are those of all epochs.
     """
     known = folder.read_json("result.json")
     if known is not None:
         return dict(known)
-    started, bundle_uri = time.monotonic(), f"{folder}/bundle"
-    data_uri, val_uri, unlabeled_uri, columns, compute = places
-    settings, result = (experiment.model, experiment.train), dict[str, Any]()
     if experiment.self_train is None:
-        metrics = train_model(data_uri, val_uri, bundle_uri, *settings, columns, compute).metrics
+        metrics = train(experiment, places, f"{folder}/bundle")
+        result = readings_of(metrics) | {"seconds": seconds_of(metrics)}
     else:
-        assert unlabeled_uri is not None
-        student = self_train(
-            *(data_uri, unlabeled_uri, val_uri, bundle_uri, *settings, experiment.self_train),
-            *(columns, compute),
-        )
-        metrics = student.rounds[-1]["metrics"]  # what the student is worth, were it the worse one, too
-        result["teacher"] = {name: student.rounds[0]["metrics"][name] for name in METRICS}
-    whole = {name: metrics[name] for name in METRICS}
-    result |= {name: whole | found for name, found in metrics["by_decision"].items()}
-    result["uncalibrated"] = whole | {"ece": metrics["ece_uncalibrated"]}
-    for modality, hidden in (("caption", "image"), ("image", "caption")):
-        if alone := metrics["by_modality"].get(modality):
-            result[f"no {hidden}"] = {name: alone[name] for name in METRICS}
-    result["seconds"] = time.monotonic() - started
+        result = run_rounds(experiment, places, folder)
     folder.publish_json("result.json", result)
     return result
+
+
+def train(experiment: Experiment, places: Places, bundle_uri: str) -> dict[str, Any]:
+    """Train an experiment on labeled rows alone; gives its metrics."""
+    model, settings = experiment.model, experiment.train
+    uris = (places.data_uri, places.val_uri, bundle_uri)
+    return train_model(*uris, model, settings, places.columns, places.compute).metrics
+
+
+def run_rounds(experiment: Experiment, places: Places, folder: Folder) -> dict[str, Any]:
+    """Run an experiment's self-training, and what it is held against; see `run`."""
+    assert places.unlabeled_uri is not None and experiment.self_train is not None
+    rounds = self_train(
+        places.data_uri,
+        places.unlabeled_uri,
+        places.val_uri,
+        f"{folder}/bundle",
+        experiment.model,
+        experiment.train,
+        experiment.self_train,
+        places.columns,
+        places.compute,
+    ).rounds
+    teacher, student = rounds[0]["metrics"], rounds[-1]["metrics"]  # of the last student, were it worse, too
+    more = student["training"]["num_rows"] / teacher["training"]["num_rows"]
+    settings = experiment.train
+    longer = replace(settings, epochs=round(more * settings.epochs), patience=round(more * settings.patience))
+    control = train(replace(experiment, train=longer), places, f"{folder}/more-steps")
+    return readings_of(student) | {
+        "teacher": brief(teacher),
+        "more steps": brief(control),
+        "seconds": sum(seconds_of(entry["metrics"]) for entry in rounds),
+    }
+
+
+def brief(metrics: dict[str, Any]) -> dict[str, float]:
+    """Give the METRICS among a bundle's."""
+    return {name: metrics[name] for name in METRICS}
+
+
+def readings_of(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Give what a bundle's metrics tell, by reading; see `run`."""
+    whole = brief(metrics)
+    readings = {"whole": whole}
+    readings |= {name: whole | found for name, found in metrics["by_decision"].items()}
+    for modality, hidden in (("caption", "image"), ("image", "caption")):
+        if alone := metrics["by_modality"].get(modality):
+            readings[f"no {hidden}"] = brief(alone)
+    return readings
+
+
+def seconds_of(metrics: dict[str, Any]) -> float:
+    """Add up the seconds of a training's epochs, in whichever runs they were trained."""
+    return sum(epoch["seconds"] for epoch in metrics["history"])
 
 
 def ablate(
@@ -98,6 +137,9 @@ def ablate(
 
     Raises:
         ConfigError: the axis of self-training lacks rows without labels, or a variant cannot start so.
+        DataError: the rows are unusable.
+        BundleError: a bundle of `--init` is incomplete or damaged.
+        ClusterError: the cluster has no CPU yet.
         OutputError: the output's runs saw other rows.
     """
     if "self-training" in config.axes and places.unlabeled_uri is None:
@@ -108,16 +150,18 @@ def ablate(
         )
     places, donors = places.absolute(), tuple(Folder(uri).uri for uri in base.train.init)
     base = replace(base, train=replace(base.train, init=donors))
+    workers = TrainWorkers.on_cluster(places.compute)
     output, variants = Folder(output_uri), [suited(variant) for variant in variants_of(base, config)]
     for variant in variants:
         check_stages(variant.experiment.model, variant.experiment.train)
-    require_same_data(output, places, donors)
+    require_same_data(output, places, donors, workers)
     experiments = {
         seeded.name(): seeded
         for variant in variants
         for seeded in of_all_seeds(variant.experiment, config.seeds)
     }
-    results = dict(run_all(experiments, places, output / "runs", config.side_by_side, progress=progress))
+    side_by_side = min(config.side_by_side, workers.groups)
+    results = dict(run_all(experiments, places, output / "runs", side_by_side, progress=progress))
     rows = [summarise(variant, config.seeds, results) for variant in variants]
     output.publish("ablation.csv", as_csv(rows).encode())
     output.publish("ablation.md", as_markdown(rows).encode())
@@ -125,7 +169,7 @@ def ablate(
     return rows
 
 
-def require_same_data(output: Folder, places: Places, donors: Sequence[str]) -> None:
+def require_same_data(output: Folder, places: Places, donors: Sequence[str], workers: TrainWorkers) -> None:
     """Keep apart results of other rows, donors and workers, which the names of the runs do not tell apart.
 
     Raises:
@@ -138,7 +182,10 @@ def require_same_data(output: Folder, places: Places, donors: Sequence[str]) -> 
         if uri is not None
     }
     seen |= {f"--init {uri}": Bundle.load(uri).fingerprint for uri in donors}
-    seen["--num-workers"] = str(TrainWorkers.on_cluster(places.compute).scaling.maximum)
+    columns = places.columns
+    seen["columns"] = fingerprint([columns.image, columns.caption, columns.labels])
+    seen["--num-workers"] = str(workers.scaling.maximum)
+    seen["--use-gpu"] = str(workers.use_gpu)
     known = output.read_json(DATA) or {}
     if found := [name for name in seen if known.get(name, seen[name]) != seen[name]]:
         raise OutputError(f"{output} is an ablation of other {', '.join(found)}; choose another --output")

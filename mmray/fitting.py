@@ -35,6 +35,8 @@ class TrainWorkers:
     num_cpus: float
     task_cpus: float
     """Of each task that reads and decodes for them."""
+    groups: int
+    """Such groups that the cluster holds at once, with room for a task beside them."""
 
     @classmethod
     def on_cluster(cls, compute: ComputeConfig) -> TrainWorkers:
@@ -42,6 +44,7 @@ class TrainWorkers:
 
         Raises:
             ConfigError: GPUs are asked for, and the cluster has none.
+            ClusterError: the cluster has no CPU yet.
         """
         there = Resources.of_cluster()
         use_gpu = there.use_gpu(compute)
@@ -50,8 +53,13 @@ class TrainWorkers:
         # grows ask for more than half of a node, so that they come with new nodes, not beside the first ones.
         sizes = [node.cpus for node in there.nodes.values() if node.cpus]
         if scaling.minimum < scaling.maximum and scaling.minimum <= len(sizes) and not use_gpu:
-            return cls(scaling, use_gpu, 0.6 * min(sizes), min(1.0, 0.2 * min(sizes)))
-        return cls(scaling, use_gpu, min(1.0, (there.cpus - 1) / scaling.maximum), 1)
+            num_cpus, task_cpus = 0.6 * min(sizes), min(1.0, 0.2 * min(sizes))
+        else:
+            num_cpus, task_cpus = min(1.0, (there.cpus - 1) / scaling.maximum), 1.0
+        room = (there.cpus - task_cpus) / (num_cpus * scaling.maximum)
+        if use_gpu:
+            room = min(room, there.gpus / scaling.maximum)
+        return cls(scaling, use_gpu, num_cpus, task_cpus, groups=max(1, int(room + 1e-9)))
 
 
 def fit(

@@ -91,7 +91,7 @@ def _select_files(
     def write(row: dict[str, Any]) -> dict[str, Any]:
         file = DataFile.from_json(row["file"])
         scores, valid = _scores(labels, file.path, len(vocabulary))
-        rows, targets, mask = cutoffs.select(scores * valid[:, None], soft=config.targets == "soft")
+        rows, targets, mask = cutoffs.select(scores, valid, soft=config.targets == "soft")
         if len(rows):
             write_selection(target, file.path, rows, targets, mask)
         true = (scores[rows] >= cutoffs.positive) & mask
@@ -134,8 +134,9 @@ def report_of(files: list[dict[str, Any]], num_rows: int, vocabulary: Vocabulary
     """Say how many rows and labels join, and how right they are where that is known.
 
     Returns:
-        `num_rows` of them all and `num_selected`; by label `num_true` and `num_false`, and `precision_true`
-        and `precision_false` of what was taken of rows whose truth is known: None where nothing was.
+        `num_rows` of them all and `num_selected`; by label `num_true` and `num_false`, of these `known_true`
+        and `known_false` in rows whose truth is known, and `precision_true` and `precision_false` of those:
+        None where there are none.
     """
     by_label: dict[str, Any] = {}
     for place, label in enumerate(vocabulary.labels):
@@ -144,6 +145,7 @@ def report_of(files: list[dict[str, Any]], num_rows: int, vocabulary: Vocabulary
             taken, known, right = (
                 sum(file[f"{name}_{kind}"][place] for file in files) for name in ("num", "known", "right")
             )
-            entry |= {f"num_{kind}": taken, f"precision_{kind}": right / known if known else None}
+            entry |= {f"num_{kind}": taken, f"known_{kind}": known}
+            entry[f"precision_{kind}"] = right / known if known else None
     selected = sum(file["num_rows"] for file in files)
     return {"num_rows": num_rows, "num_selected": selected, "by_label": by_label}

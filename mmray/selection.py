@@ -16,11 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mmray.metrics import MAX_LOGIT, NUM_BINS
+from mmray.metrics import MAX_LOGIT, NUM_BINS, Array, Mask, Scores
 from mmray.storage import Folder
-
-Array = NDArray[np.float64]
-Scores = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,36 +44,44 @@ class Cutoffs:
             keep: share of the expected positives, and of the expected negatives, that is taken: the surest.
 
         Source: Xie et al. 2023 (arXiv 2305.02795), class-distribution-aware thresholding, with one `keep`
-        for both of its reliability factors.
+        for both of its reliability factors. Of scores beyond the outermost bin all count as ties, and are
+        taken together.
         """
         num_rows = histogram.sum(axis=1)
         edges = 1 / (1 + np.exp(-np.linspace(-MAX_LOGIT, MAX_LOGIT, NUM_BINS + 1)))
         from_above = histogram[:, ::-1].cumsum(axis=1)[:, ::-1]  # rows in this bin or a higher one
         from_below = histogram.cumsum(axis=1)
         num_positive, num_negative = keep * shares * num_rows, keep * (1 - shares) * num_rows
-        # The whole bins that hold no more than that many.
+        # The whole bins that hold no more than that many; or the outermost, where it alone holds more.
         first_bin = (from_above > num_positive[:, None]).sum(axis=1)
         last_bin = (from_below <= num_negative[:, None]).sum(axis=1)
+        first_bin = np.where(num_positive >= 1, np.minimum(first_bin, NUM_BINS - 1), first_bin)
+        last_bin = np.where(num_negative >= 1, np.maximum(last_bin, 1), last_bin)
         positive = np.where(first_bin < NUM_BINS, edges[np.minimum(first_bin, NUM_BINS)], np.inf)
         negative = np.where(last_bin > 0, edges[last_bin], -np.inf)
         return cls(positive, np.minimum(negative, np.nextafter(positive, -np.inf)))
 
-    def select(self, scores: Scores, *, soft: bool) -> tuple[Any, Any, Any]:
+    def select(
+        self, scores: Scores, valid: Mask, *, soft: bool
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], Mask]:
         """Select from rows by their scores.
 
         Args:
             scores: float32 (B, L).
+            valid: bool (B,), rows that have scores.
             soft: whether the targets are the scores, instead of 0 and 1.
 
         Returns:
-            rows: int64 (N,), those of which a label is known to be true.
+            rows: int64 (N,), those of which a label is known, be it that it is false: without rows that bear
+                none of the labels each would be more frequent than it is.
             targets: float32 (N, L).
             mask: bool (N, L), of the labels that are known.
         """
         true, false = scores >= self.positive, scores <= self.negative
-        rows = np.flatnonzero(true.any(axis=1))
+        known = (true | false) & valid[:, None]
+        rows = np.flatnonzero(known.any(axis=1))
         targets = scores if soft else true
-        return rows, targets[rows].astype(np.float32), (true | false)[rows]
+        return rows, targets[rows].astype(np.float32), known[rows]
 
 
 class Selection(NamedTuple):
@@ -99,7 +104,9 @@ class Selection(NamedTuple):
         }
 
 
-def write_selection(folder: Folder, path: str, rows: Any, targets: Any, mask: Any) -> None:
+def write_selection(
+    folder: Folder, path: str, rows: NDArray[np.int64], targets: NDArray[np.float32], mask: Mask
+) -> None:
     """Publish what is selected of a file; see `Cutoffs.select`."""
     table = pa.table({"row": rows, "targets": as_lists(targets), "mask": as_lists(mask)})
     sink = pa.BufferOutputStream()
@@ -107,13 +114,13 @@ def write_selection(folder: Folder, path: str, rows: Any, targets: Any, mask: An
     folder.publish(path, sink.getvalue().to_pybytes())
 
 
-def as_lists(matrix: Any) -> pa.FixedSizeListArray:
+def as_lists(matrix: NDArray[Any]) -> pa.FixedSizeListArray:
     """Lay an array (B, L) out as B lists."""
     flat = pa.array(np.ascontiguousarray(matrix).ravel())
     return pa.FixedSizeListArray.from_arrays(flat, matrix.shape[1])
 
 
-def as_matrix(lists: pa.ChunkedArray) -> Any:
+def as_matrix(lists: pa.ChunkedArray) -> NDArray[Any]:
     """Undo `as_lists`."""
-    flat = lists.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    flat: NDArray[Any] = lists.combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return flat.reshape(len(lists), lists.type.list_size)

@@ -131,11 +131,10 @@ def as_table(result: SelfTrainingResult) -> Table:
     table = Table(title="self-training")
     for name in ("round", "rows joined", "labels", "precision", "sample F1", "mAP", "macro F1", "gain"):
         table.add_column(name, justify="right")
-    first = result.rounds[0]["metrics"]["sample_f1"]
     for number, entry in enumerate(result.rounds):
-        metrics = entry["metrics"]
+        metrics, teacher = entry["metrics"], result.rounds[max(0, number - 1)]["metrics"]
         scores = [f"{metrics[name]:.4f}" for name in ("sample_f1", "map", "macro_f1")]
-        gain = f"{metrics['sample_f1'] - first:+.4f}" if number else ""
+        gain = f"{metrics['sample_f1'] - teacher['sample_f1']:+.4f}" if number else ""
         table.add_row(f"{number}{' *' if number == result.best else ''}", *_joined(entry), *scores, gain)
     return table
 
@@ -146,7 +145,7 @@ def _joined(entry: dict[str, Any]) -> tuple[str, str, str]:
         return "", "", ""
     labels = list(report["by_label"].values())
     num_true = sum(label["num_true"] for label in labels)
-    known = [label for label in labels if label["precision_true"] is not None]
-    right = sum(label["precision_true"] * label["num_true"] for label in known)
-    precision = f"{right / sum(label['num_true'] for label in known):.3f}" if known else "-"
+    known = sum(label["known_true"] for label in labels)
+    right = sum(label["precision_true"] * label["known_true"] for label in labels if label["known_true"])
+    precision = f"{right / known:.3f}" if known else "-"
     return f"{report['num_selected']:,} of {report['num_rows']:,}", f"{num_true:,}", precision

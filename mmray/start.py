@@ -48,7 +48,7 @@ class Start:
     donors: dict[str, Bundle]
     """Parts of the model that earlier bundles give."""
     word_rates: np.ndarray | None = None
-    """float64 (V,), of the captions those that have each word; None where the recipe does not ask for it."""
+    """float64 (V,), share of captions that contain each word; None where the recipe does not ask for it."""
 
     def build(self, config: ModelConfig) -> MultimodalModel:
         """Build the model, with what donors give.
@@ -122,21 +122,45 @@ def prepare_start(
         tells_words: whether images are to tell their captions' words.
 
     Raises:
+        ConfigError: the caption's encoder or its tokenizer is unknown or out of reach.
         DataError: no labels, or validation rows with labels that training never shows.
     """
+    # Without the recipe it is what another one left that was refused before it had taken the output.
+    if output.read_json(RECIPE) is not None:
+        return _published(output, donors)
+    start = _made(parts, val, model, donors, tells_words=tells_words)
+    rates = start.word_rates
+    for name, data in start.tokenizer_files.items():
+        output.publish(f"{RUN}/tokenizer/{name}", data)
+    record = {
+        "labels": list(start.vocabulary.labels),
+        "num_labeled": start.num_labeled,
+        "positives": start.positives.tolist(),
+        "text_config": start.text_config,
+        "tokenizer": sorted(start.tokenizer_files),
+        "word_rates": None if rates is None else rates.tolist(),
+    }
+    output.publish_json(START, record)
+    return start
+
+
+def _published(output: Folder, donors: dict[str, Bundle]) -> Start:
     record = output.read_json(START)
-    if record is not None:
-        files = {name: output.read(f"{RUN}/tokenizer/{name}") for name in record["tokenizer"]}
-        vocabulary = Vocabulary(tuple(record["labels"]))
-        return Start(
-            vocabulary,
-            record["num_labeled"],
-            np.array(record["positives"], np.int64),
-            record["text_config"],
-            files,
-            without_other_labels(donors, vocabulary),
-            None if record["word_rates"] is None else np.array(record["word_rates"]),
-        )
+    vocabulary, rates = Vocabulary(tuple(record["labels"])), record["word_rates"]
+    return Start(
+        vocabulary,
+        num_labeled=record["num_labeled"],
+        positives=np.array(record["positives"], np.int64),
+        text_config=record["text_config"],
+        tokenizer_files={name: output.read(f"{RUN}/tokenizer/{name}") for name in record["tokenizer"]},
+        donors=without_other_labels(donors, vocabulary),
+        word_rates=None if rates is None else np.array(rates),
+    )
+
+
+def _made(
+    parts: list[Rows], val: Rows, model: ModelConfig, donors: dict[str, Bundle], *, tells_words: bool
+) -> Start:
     vocabulary, positives = count_labels(parts[0])
     unknown = sorted(set(count_labels(val)[0].labels) - set(vocabulary.labels), key=str)
     if unknown:
@@ -149,21 +173,9 @@ def prepare_start(
     else:
         tokenizer = train_tokenizer(sample_captions(parts, CAPTIONS_FOR_TOKENIZER))
         text_config, files = describe_encoder(model, len(tokenizer)), tokenizer_files(tokenizer)
-    taken = without_other_labels(donors, vocabulary)
     rates = None
     if tells_words:
         captions = sample_captions(parts, CAPTIONS_FOR_WORDS)
         rates = word_rates(tokenizer_of(files), captions, text_config["vocab_size"], model.max_tokens)
-    start = Start(vocabulary, parts[0].num_rows, positives, text_config, files, taken, rates)
-    for name, data in start.tokenizer_files.items():
-        output.publish(f"{RUN}/tokenizer/{name}", data)
-    record = {
-        "labels": list(vocabulary.labels),
-        "num_labeled": start.num_labeled,
-        "positives": positives.tolist(),
-        "text_config": start.text_config,
-        "tokenizer": sorted(start.tokenizer_files),
-        "word_rates": None if rates is None else rates.tolist(),
-    }
-    output.publish_json(START, record)
-    return start
+    taken = without_other_labels(donors, vocabulary)
+    return Start(vocabulary, parts[0].num_rows, positives, text_config, files, taken, rates)

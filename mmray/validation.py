@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from mmray.decisions import Calibration, decide, tune_thresholds
+from mmray.decisions import NUM_FOLDS, Calibration, decide, tune_thresholds
 from mmray.learner import Batches, Learner, inputs_of
 from mmray.metrics import Counts
 from mmray.schema import Vocabulary
@@ -19,6 +19,8 @@ from mmray.schema import Vocabulary
 MAX_ROWS_KEPT, MAX_BYTES_KEPT = 200_000, 512 << 20
 """Of validation rows, for calibration and thresholds: more would not change them."""
 VALIDATION = "validation.safetensors"
+BRIEF = ("sample_f1", "micro_f1", "macro_f1", "fallback_rate", "ece")
+"""What is told of each rule to decide."""
 
 
 class Validation(NamedTuple):
@@ -108,22 +110,45 @@ class Validation(NamedTuple):
         calibration = Calibration.fit(self.logits[self.valid], self.targets[self.valid])
         scores = self.scores(calibration)
         thresholds = tune_thresholds(scores, self.targets)
-        half = np.full(len(vocabulary), 0.5)
-        single = np.full(len(vocabulary), self.counts(scores, half).best_threshold())
-
-        def measure(scores: np.ndarray, thresholds: np.ndarray) -> dict[str, Any]:
-            return self.counts(scores, thresholds).summary(vocabulary.labels)
-
-        metrics, brief = measure(scores, thresholds), ("sample_f1", "micro_f1", "macro_f1", "fallback_rate")
-        found = {"0.5": measure(scores, half), "single": measure(scores, single), "per-label": metrics}
-        metrics |= {"by_decision": {name: {key: each[key] for key in brief} for name, each in found.items()}}
-        metrics["ece_uncalibrated"] = measure(self.scores(), half)["ece"]
+        metrics = self.counts(scores, thresholds).summary(vocabulary.labels)
+        metrics["by_decision"] = {
+            rule: {name: value for name, value in counts.summary(vocabulary.labels).items() if name in BRIEF}
+            for rule, counts in self.held_out().items()
+        }
         metrics["by_modality"] = {}
         for place, modality in enumerate(("image", "caption")[: self.alone.shape[1]]):
             alone = self._replace(logits=self.alone[:, place], valid=self.valid & self.there[:, place])
             counts = alone.counts(alone.scores(calibration), thresholds)
             metrics["by_modality"][modality] = counts.summary(vocabulary.labels)
         return Settled(calibration, thresholds, metrics)
+
+    def rows(self, chosen: np.ndarray) -> Validation:
+        """Give those rows that are chosen, bool (B,)."""
+        return Validation(*(each[chosen] for each in self))
+
+    def held_out(self) -> dict[str, Counts]:
+        """Measure ways to decide on rows that they were not fitted to: fold by fold, fitted to the others.
+
+        Returns:
+            `0.5`, `single` and `per-label` thresholds for calibrated scores, and `uncalibrated`: thresholds
+            for each label, tuned to scores as the model gives them.
+        """
+        num_labels, folds = self.logits.shape[1], np.arange(len(self.logits)) % NUM_FOLDS
+        found = dict.fromkeys(("0.5", "single", "per-label", "uncalibrated"), Counts.zero(num_labels))
+        for fold in range(NUM_FOLDS):
+            fitted, rest = self.rows(folds != fold), self.rows(folds == fold)
+            calibration = Calibration.fit(fitted.logits[fitted.valid], fitted.targets[fitted.valid])
+            scores, half = fitted.scores(calibration), np.full(num_labels, 0.5)
+            single = np.full(num_labels, fitted.counts(scores, half).best_threshold())
+            rules = {
+                "0.5": (calibration, half),
+                "single": (calibration, single),
+                "per-label": (calibration, tune_thresholds(scores, fitted.targets)),
+                "uncalibrated": (None, tune_thresholds(fitted.scores(), fitted.targets)),
+            }
+            for rule, (given, thresholds) in rules.items():
+                found[rule] += rest.counts(rest.scores(given), thresholds)
+        return found
 
 
 class Settled(NamedTuple):
@@ -133,8 +158,8 @@ class Settled(NamedTuple):
     thresholds: np.ndarray
     """float64 (L,)."""
     metrics: dict[str, Any]
-    """`Counts.summary`; `by_decision` for other thresholds, `by_modality` for image and caption alone, and
-    `ece_uncalibrated`."""
+    """`Counts.summary`; `by_decision` what other rules give, on rows that they were not fitted to, and
+    `by_modality` for image and caption alone."""
 
 
 def add_up(tensor: Tensor) -> None:

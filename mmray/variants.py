@@ -43,7 +43,7 @@ class Variant(NamedTuple):
     axis: str
     value: str
     experiment: Experiment
-    reading: str = "per-label"
+    reading: str = "whole"
     """What of its result counts; see `run`."""
 
 
@@ -76,6 +76,9 @@ def variants_of(base: Experiment, config: AblationConfig) -> Iterator[Variant]:
         for selection in SELECTIONS:
             student = replace(base, self_train=SelfTrainConfig(select=selection))
             yield Variant("self-training", f"{selection}, its teacher", student, "teacher")
+            yield Variant(
+                "self-training", f"{selection}, its teacher for as many steps", student, "more steps"
+            )
             yield Variant("self-training", selection, student)
     for axis, readings in {
         "decision": ("0.5", "single", "per-label"),

@@ -29,10 +29,10 @@ def test_variants_that_share_a_training_are_trained_once_and_a_rerun_trains_noth
     metrics = (output / bundle).read_json("metrics.json")
     assert Bundle.load(f"{output}/{bundle}").model_config.fusion == "text"
     found = {(row["axis"], row["value"]): row for row in rows}
-    assert found["decision", "per-label"]["sample_f1"] == metrics["sample_f1"]
+    assert found["decision", "per-label"]["sample_f1"] == metrics["by_decision"]["per-label"]["sample_f1"]
     assert found["decision", "single"]["macro_f1"] == metrics["by_decision"]["single"]["macro_f1"]
-    assert found["calibration", "uncalibrated"]["ece"] == metrics["ece_uncalibrated"]
-    assert found["calibration", "on"]["ece"] == metrics["ece"]
+    for value, rule in (("uncalibrated", "uncalibrated"), ("on", "per-label")):
+        assert found["calibration", value]["ece"] == metrics["by_decision"][rule]["ece"]
     assert {"ablation.md", "ablation.csv", "ablation.png"} <= output.list().keys()
 
     before = {path: (tmp_path / "out" / path).stat().st_ino for path in output.list() if "runs/" in path}
@@ -47,6 +47,9 @@ def test_variants_that_share_a_training_are_trained_once_and_a_rerun_trains_noth
             where._replace(compute=ComputeConfig("2", use_gpu=False)),
             str(tmp_path / "out"),
         )
+    with pytest.raises(OutputError, match="other columns"):
+        other = where._replace(columns=Columns(caption="image_id"))
+        ablate(Experiment(MODEL, TRAIN), config, other, str(tmp_path / "out"))
     with pytest.raises(OutputError, match="other --val"):
         other = where._replace(val_uri=places[0])
         ablate(Experiment(MODEL, TRAIN), config, other, str(tmp_path / "out"))

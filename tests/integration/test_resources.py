@@ -118,24 +118,26 @@ def test_without_gpus_none_decodes(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("there", "num_workers", "asked_for", "of_a_task"),
+    ("there", "num_workers", "asked_for", "of_a_task", "groups"),
     [
-        (LAPTOP, None, 1, 1),
-        (LAPTOP, "2", 0.5, 1),  # a CPU is left for decoding
-        (LAPTOP, "1:2", 1.2, 0.4),  # no second one fits beside it, and decoding does
-        (ONE_LARGE, "1:8", 38.4, 1),
-        (MIXED, "1:3", 2.4, 0.8),  # the smallest node takes one
-        (MIXED, "4:6", 1, 1),  # more than there are nodes cannot be one a node
-        (MANY, "1:4", 4.8, 1),
-        (GPU_NODE, None, 1, 1),
-        (GPU_NODE, "1:4", 1, 1),  # a GPU each: these are what keeps them apart
+        (LAPTOP, None, 1, 1, 1),
+        (LAPTOP, "2", 0.5, 1, 1),  # a CPU is left for decoding
+        (LAPTOP, "1:2", 1.2, 0.4, 1),  # no second one fits beside it, and decoding does
+        (ONE_LARGE, "1:8", 38.4, 1, 1),
+        (ONE_LARGE, "4", 1, 1, 15),
+        (MIXED, "1:3", 2.4, 0.8, 2),  # the smallest node takes one
+        (MIXED, "4:6", 1, 1, 3),  # more than there are nodes cannot be one a node
+        (MANY, "1:4", 4.8, 1, 1),
+        (GPU_NODE, None, 1, 1, 1),
+        (GPU_NODE, "1", 1, 1, 4),
+        (GPU_NODE, "1:4", 1, 1, 1),  # a GPU each: these are what keeps them apart
     ],
 )
-def test_workers_leave_decoding_its_share(monkeypatch, there, num_workers, asked_for, of_a_task):
+def test_workers_leave_decoding_its_share(monkeypatch, there, num_workers, asked_for, of_a_task, groups):
     monkeypatch.setattr(Resources, "of_cluster", lambda: there)
     workers = TrainWorkers.on_cluster(ComputeConfig(num_workers=num_workers))
     assert (workers.num_cpus, workers.task_cpus) == pytest.approx((asked_for, of_a_task))
-    assert workers.use_gpu == (there is GPU_NODE)
+    assert (workers.use_gpu, workers.groups) == (there is GPU_NODE, groups)
 
 
 def test_workers_of_a_node_share_its_threads():

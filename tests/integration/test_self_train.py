@@ -1,11 +1,13 @@
 """Self-training with real workers: what the teacher says, what is selected of it, what the student learns."""
 
+import io
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from mmray.bundle import Bundle
 from mmray.config import Columns, ComputeConfig, ModelConfig, SelfTrainConfig, TrainConfig
@@ -16,7 +18,7 @@ from mmray.labeler import Labeler
 from mmray.pseudo import report_of, select
 from mmray.schema import Vocabulary
 from mmray.selection import as_matrix
-from mmray.self_train import self_train
+from mmray.self_train import SelfTrainingResult, as_table, self_train
 from mmray.storage import Folder
 from mmray.training_report import training_report
 
@@ -24,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 MODEL = ModelConfig(vision="test_efficientnet", image_size=32, max_tokens=16, width=32, pretrained=False)
 TRAIN = TrainConfig(epochs=1, batch_size_per_worker=16, learning_rate=3e-3, warmup_epochs=0.2)
-CONFIG = SelfTrainConfig(keep=0.5)
+CONFIG = SelfTrainConfig(keep=0.5, rounds=2)
 TWO = ComputeConfig("2", use_gpu=False)
 
 
@@ -67,6 +69,27 @@ def test_teacher_and_student_start_from_the_same_stage(result, places):
         assert recipe["train"]["init"] == {"image": stage.fingerprint}
 
 
+def test_each_student_teaches_the_next_one(result, places):
+    for number in (1, 2):
+        teacher = Bundle.load(f"{places[3]}/_rounds/{number - 1}/bundle")
+        labels = pq.read_table(f"{places[3]}/_rounds/{number}/labels", partitioning=None)
+        assert set(labels["model"].to_pylist()) == {teacher.fingerprint}
+
+
+def test_what_a_round_gained_is_over_its_own_teacher_and_precision_over_all_known_labels():
+    selection = {"num_rows": 2000, "num_selected": 1500}
+    labels = {"x": entry(1000, 10, 0.0) | entry(5, 0, None, "false"), "y": entry(10, 10, 1.0)}
+    scores = [{"sample_f1": f1, "map": 0.5, "macro_f1": 0.5} for f1 in (0.5, 0.6, 0.65)]
+    rounds = [{"metrics": scores[0]}] + [
+        {"metrics": each, "selection": selection | {"by_label": labels}} for each in scores[1:]
+    ]
+    console = Console(width=120, file=io.StringIO())
+    console.print(as_table(SelfTrainingResult(None, rounds, 2, 1.0)))
+    lines = console.file.getvalue().splitlines()
+    assert [line.split()[-2] for line in lines if "1,500 of 2,000" in line] == ["+0.1000", "+0.0500"]
+    assert all(" 0.500 " in line for line in lines if "1,500 of 2,000" in line)
+
+
 def test_two_workers_on_uneven_rows_measure_what_one_process_measures(result, places):
     student = f"{places[3]}/_rounds/1/bundle"
     alone = evaluate_model(places[2], student, compute=ComputeConfig(use_gpu=False))
@@ -82,7 +105,7 @@ def test_two_workers_on_uneven_rows_measure_what_one_process_measures(result, pl
 def test_the_best_rounds_bundle_is_the_one_that_stands_in_the_output(result, places):
     output = Folder(places[3])
     metrics = [entry["metrics"]["sample_f1"] for entry in result.rounds]
-    assert len(metrics) == 2 and metrics[result.best] == max(metrics)
+    assert len(metrics) == 3 and metrics[result.best] == max(metrics)
     assert Bundle.load(places[3]).fingerprint == result.bundle.fingerprint
     assert Bundle.load(f"{output}/_rounds/{result.best}/bundle").fingerprint == result.bundle.fingerprint
     assert output.read_json("_rounds/report.json")["best"] == result.best
@@ -109,13 +132,17 @@ def test_the_report_counts_what_joined_and_how_right_it_is(result, places):
         assert entry["precision_false"] == pytest.approx(1 - truth[denied, place].mean())
 
 
+def entry(taken, known, precision, kind="true"):
+    return {f"num_{kind}": taken, f"known_{kind}": known, f"precision_{kind}": precision}
+
+
 def test_only_rows_of_known_truth_say_how_right_a_label_is():
     counts = {"num_true": [4, 0], "known_true": [2, 0], "right_true": [1, 0]}
     counts |= {"num_false": [3, 3], "known_false": [0, 3], "right_false": [0, 3]}
     report = report_of([{"path": "a", "num_rows": 5, **counts}], 9, Vocabulary(("x", "y")))
     assert report["by_label"] == {
-        "x": {"num_true": 4, "precision_true": 0.5, "num_false": 3, "precision_false": None},
-        "y": {"num_true": 0, "precision_true": None, "num_false": 3, "precision_false": 1.0},
+        "x": entry(4, 2, 0.5) | entry(3, 0, None, "false"),
+        "y": entry(0, 0, None) | entry(3, 3, 1.0, "false"),
     }
 
 
@@ -178,4 +205,4 @@ def test_the_same_command_again_does_nothing_and_another_selection_is_refused(re
     with pytest.raises(OutputError, match="unknown origin"):
         self_train(*places[:3], f"{places[3]}/_rounds/0/bundle", MODEL, train, CONFIG, compute=TWO)
     with pytest.raises(OutputError, match=r"keep: 0\.5 -> 0\.6"):
-        self_train(*places, MODEL, train, SelfTrainConfig(keep=0.6), compute=TWO)
+        self_train(*places, MODEL, train, SelfTrainConfig(keep=0.6, rounds=2), compute=TWO)

@@ -67,6 +67,7 @@ def results_of(variants):
     for variant in variants:
         for seed, each in enumerate(of_all_seeds(variant.experiment, 3)):
             readings = ("0.5", "single", "per-label", "uncalibrated", "no image", "no caption", "teacher")
+            readings += ("whole", "more steps")
             results[each.name()] = {
                 reading: {name: (seed**2 + place + at) / 20 for at, name in enumerate(METRICS)}
                 for place, reading in enumerate(readings)

@@ -16,10 +16,16 @@ def summary(**more):
     } | more
 
 
+DECISIONS = {
+    "single": {"sample_f1": 0.785, "ece": 0.011},
+    "per-label": {"sample_f1": 0.795, "ece": 0.012},
+    "uncalibrated": {"sample_f1": 0.775, "ece": 0.034},
+}
+
+
 def test_it_tells_what_a_user_must_know():
     metrics = summary(
         epoch=2,
-        ece_uncalibrated=0.02,
         history=[{}, {}, {}],
         training={
             "datasets": ["photos", "more"],
@@ -28,7 +34,7 @@ def test_it_tells_what_a_user_must_know():
             "by_label": {"a|b": 77},
             "init": {"image": "photos-first"},
         },
-        by_decision={"single": {"sample_f1": 0.79}},
+        by_decision=DECISIONS,
         by_modality={"image": summary(sample_f1=0.4), "caption": summary(sample_f1=0.75)},
     )
     card = model_card(ModelConfig(vision="resnet18", pretrained=False), metrics)
@@ -39,6 +45,8 @@ def test_it_tells_what_a_user_must_know():
         "| image and caption | 0.800 | 0.700 | 0.600 |",
         "| the image alone | 0.400 | 0.700 | 0.600 |",
         "| a\\|b | 0.500 | 0.250 | 0.333 |  | 1,200 | 77 |",
+        "sample F1 is 0.795, at a single threshold 0.785;",
+        "calibration error is 0.0120, before calibration 0.0340.",
         "## What it is not for",
         "jobs/label.py --input DATA",
     ):
@@ -49,10 +57,9 @@ def test_it_tells_what_a_user_must_know():
 def test_a_model_of_one_modality_has_one_line():
     metrics = summary(
         epoch=1,
-        ece_uncalibrated=0.02,
         history=[{}],
         training={"datasets": ["a"], "num_rows": 10, "num_labeled": 10, "by_label": {"a|b": 7}, "init": {}},
-        by_decision={"single": {"sample_f1": 0.79}},
+        by_decision=DECISIONS,
         by_modality={},
     )
     card = model_card(ModelConfig(fusion="text", pretrained=False), metrics)

@@ -27,12 +27,31 @@ def counted(scores):
 def test_of_each_label_as_many_rows_are_taken_as_bear_it(keep):
     scores, shares = draw(), np.array([0.6, 0.2, 0.01])
     cutoffs = Cutoffs.by_frequency(counted(scores), shares, keep)
-    true, false = scores >= cutoffs.positive, scores <= cutoffs.negative
-    # A bin is taken whole or not at all.
-    assert true.sum(0) == pytest.approx(keep * shares * 2000, abs=25)
+    valid = np.arange(2000) >= 10
+    rows, targets, mask = cutoffs.select(scores, valid, soft=False)
+    assert set(range(10)).isdisjoint(rows)
+    true, false = targets.astype(bool) & mask, mask & ~targets.astype(bool)
+    # A bin is taken whole or not at all; ten rows could not be labeled.
+    slack = np.array([25, 25, 3])
+    assert (np.abs(true.sum(0) - keep * shares * 2000) <= slack).all()
     assert false.sum(0) == pytest.approx(keep * (1 - shares) * 2000, abs=25)
     assert (true.sum(0) <= keep * shares * 2000 + 1).all()
-    assert not (true & false).any()
+
+
+def test_rows_that_bear_no_label_are_learned_from_too():
+    """Else each label would be as many times more frequent as there are fewer rows."""
+    scores = np.array([[0.99, 0.01]] * 10 + [[0.01, 0.01]] * 90, np.float32)
+    cutoffs = Cutoffs.by_frequency(counted(scores), np.array([0.1, 0.0]), 1.0)
+    rows, targets, mask = cutoffs.select(scores, np.ones(100, bool), soft=False)
+    assert len(rows) == 100 and mask.all() and targets.sum(0).tolist() == [10, 0]
+
+
+def test_scores_too_sure_to_be_told_apart_are_taken_together():
+    logits = np.array([-40.0] * 950 + [0.0] * 10 + [40.0] * 40)[:, None]
+    scores = (1 / (1 + np.exp(-logits))).astype(np.float32)
+    cutoffs = Cutoffs.by_frequency(counted(scores), np.array([0.02]), 0.8)  # of 40 and of 950 ties, some
+    rows, targets, _ = cutoffs.select(scores, np.ones(1000, bool), soft=False)
+    assert (len(rows), targets.sum()) == (990, 40)
 
 
 def test_the_surest_are_taken():
@@ -47,21 +66,23 @@ def test_the_surest_are_taken():
 
 def test_confidence_asks_the_same_of_every_label():
     scores = np.array([[0.95, 0.9, 0.5], [0.89, 0.1, 0.11], [0.05, 0.5, 0.5]])
-    rows, targets, mask = Cutoffs.by_confidence(0.9, 3).select(scores, soft=False)
-    assert rows.tolist() == [0]
-    assert targets.tolist() == [[1, 1, 0]]
-    assert mask.tolist() == [[True, True, False]]
+    rows, targets, mask = Cutoffs.by_confidence(0.9, 3).select(scores, np.ones(3, bool), soft=False)
+    assert rows.tolist() == [0, 2]
+    assert targets.tolist() == [[1, 1, 0], [0, 0, 0]]
+    assert mask.tolist() == [[True, True, False], [True, False, False]]
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 100), st.booleans(), st.floats(0.5, 1))
-def test_a_selected_row_has_a_label_and_unsure_labels_are_masked_not_called_false(seed, soft, confidence):
+def test_a_selected_row_has_a_known_label_and_unsure_labels_are_masked_not_called_false(
+    seed, soft, confidence
+):
     scores = draw(40, seed)
     cutoffs = Cutoffs.by_confidence(confidence, 3)
-    rows, targets, mask = cutoffs.select(scores, soft=soft)
+    rows, targets, mask = cutoffs.select(scores, np.ones(40, bool), soft=soft)
     for row in range(40):
         true, false = scores[row] >= cutoffs.positive, scores[row] <= cutoffs.negative
-        assert (row in rows) == true.any()
+        assert (row in rows) == (true | false).any()
         if row in rows:
             place = rows.tolist().index(row)
             assert np.array_equal(mask[place], true | false)
