@@ -38,8 +38,8 @@ def model_card(model: ModelConfig, metrics: dict[str, Any]) -> str:
         f"{len(metrics['history'])} was the best.{_origin(training['init'])}",
         "## How good it is",
         f"On {metrics['num_rows']:,} validation rows, which also chose epoch, calibration and thresholds. "
-        "Each label has a threshold of its own. On rows that calibration and thresholds were not fitted to, a "
-        f"fifth at a time, sample F1 is {own['sample_f1']:.3f}, at a single threshold "
+        "Each label has a threshold of its own. On rows that calibration and thresholds were not fitted to, "
+        f"a fifth at a time, sample F1 is {own['sample_f1']:.3f}, at a single threshold "
         f"{single['sample_f1']:.3f}; the expected calibration error is {own['ece']:.4f}, before calibration "
         f"{raw['ece']:.4f}.",
         _by_modality(metrics),
