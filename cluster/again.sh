@@ -21,7 +21,10 @@ run() {
     while wait "$child"; status=$?; kill -0 "$child" 2>/dev/null; do :; done
     wait "$child" # once more: it may have ended while the signal was handled
     status=$?
-    [ "$status" -ne 143 ] || status=3 # SIGTERM came when it had no ear for it yet, or any more
+    case $status in
+        # SIGTERM came when it had no ear for it yet, or any more; or memory was short and it was killed.
+        143 | 137) status=3 ;;
+    esac
 }
 
 trap stop TERM INT

@@ -195,4 +195,7 @@ def cluster() -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: object) -> None:
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # a scheduler may tell each process of a job, twice this one
     raise KeyboardInterrupt

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -56,10 +60,10 @@ class TrainWorkers:
             num_cpus, task_cpus = 0.6 * min(sizes), min(1.0, 0.2 * min(sizes))
         else:
             num_cpus, task_cpus = min(1.0, (there.cpus - 1) / scaling.maximum), 1.0
-        room = (there.cpus - task_cpus) / (num_cpus * scaling.maximum)
+        room = min(there.places(num_cpus), int((there.cpus - task_cpus) / num_cpus + 1e-9))
         if use_gpu:
-            room = min(room, there.gpus / scaling.maximum)
-        return cls(scaling, use_gpu, num_cpus, task_cpus, groups=max(1, int(room + 1e-9)))
+            room = min(room, there.gpus)
+        return cls(scaling, use_gpu, num_cpus, task_cpus, groups=max(1, room // scaling.maximum))
 
 
 def fit(
@@ -96,8 +100,22 @@ def fit(
             ),
         ),
     )
-    result = trainer.fit()
+    with ending_by_interrupt():
+        result = trainer.fit()
     return result.get_best_checkpoint("sample_f1", "max"), result.checkpoint
+
+
+@contextmanager
+def ending_by_interrupt() -> Iterator[None]:
+    """Have Ctrl-C end training as it ends all else: Ray Train leaves with 0 by it, and keeps its handler."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
 
 def decoded_rows(

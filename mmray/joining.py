@@ -35,7 +35,7 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(64 << 20),
     "MALLOC_ARENA_MAX": "1",  # all threads share it
 }
-"""Read by libraries as a process starts. `jobs/runtime-env.yaml` and the image say the same for clusters."""
+"""Read by libraries as a process starts: by those that this one starts, and a job's workers on clusters."""
 
 
 def join_cluster(*, quiet: bool = False) -> bool:
@@ -52,6 +52,7 @@ def join_cluster(*, quiet: bool = False) -> bool:
         ClusterError: the cluster that it names is not there.
     """
     joined = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    unset = {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ}
     if not joined:
         for name, value in (RAY_ENVIRONMENT | WORKER_ENVIRONMENT).items():
             os.environ.setdefault(name, value)
@@ -63,19 +64,25 @@ def join_cluster(*, quiet: bool = False) -> bool:
     ray.data.DataContext.get_current().raise_original_map_exception = True
     if joined:
         return False
-    _require_answer()
+    there = _require_answer()
     with _silenced() if quiet else nullcontext():
         ray.init(
             log_to_driver=not quiet,
             logging_level="ERROR" if quiet else "INFO",
             include_dashboard=False,
-            runtime_env=_runtime_env(),
+            # What the environment has already is the user's, or stands in what the job was submitted with.
+            runtime_env=_runtime_env(unset if there else {}),
         )
     return True
 
 
-def _require_answer() -> None:
-    """Refuse an address at which no cluster answers: `ray.init()` would wait there without end or word."""
+def _require_answer() -> bool:
+    """Tell whether the environment names a cluster.
+
+    Raises:
+        ConfigError: it names a job server instead.
+        ClusterError: no cluster answers there: `ray.init()` would wait for it without end or word.
+    """
     address, place = os.environ.get("RAY_ADDRESS", ""), "RAY_ADDRESS"
     if address.startswith(("http://", "https://")):
         raise ConfigError(
@@ -88,7 +95,7 @@ def _require_answer() -> None:
         address = Path(place).read_text().strip() if Path(place).exists() else ""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():
-        return
+        return address == "auto"
     try:
         socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
     except OSError as error:
@@ -96,6 +103,7 @@ def _require_answer() -> None:
             f"{place}: no Ray cluster answers at {address} ({error}); start it, "
             "or run on this machine alone by RAY_ADDRESS=local"
         ) from None
+    return True
 
 
 def _temporary() -> Path:
@@ -104,23 +112,23 @@ def _temporary() -> Path:
     return Path(next((os.environ[name] for name in names if name in os.environ), "/tmp"))
 
 
-def _runtime_env() -> dict[str, Any] | None:
-    """Have workers on all nodes take over what this process's environment says of object storage.
+def _runtime_env(variables: dict[str, str]) -> dict[str, Any] | None:
+    """Have workers on all nodes start with some variables, and with what ours say of object storage.
 
-    By a function that they run as they start, not by `env_vars`: these are written into the logs of every
-    node and shown by the dashboard and `ray list`. The function is held by the cluster's control store, where
-    whoever may run jobs on the cluster could find it. Roles of the machines leave nothing to find.
+    The latter by a function that they run as they start, not by `env_vars`: these are written into the logs
+    of every node and shown by the dashboard and `ray list`. The function is held by the cluster's control
+    store, where whoever may run jobs on the cluster could find it. Roles of the machines leave nothing to
+    find.
     """
     from mmray.stores import shared_environment
 
-    variables = shared_environment()
-    if not variables:
-        return None
+    keys = shared_environment()
 
-    def share_environment() -> None:
-        os.environ.update(variables)
+    def share_keys() -> None:
+        os.environ.update(keys)
 
-    return {"worker_process_setup_hook": share_environment}
+    hook = {"worker_process_setup_hook": share_keys} if keys else {}
+    return hook | ({"env_vars": variables} if variables else {}) or None
 
 
 @contextmanager

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 LOG_INTERVAL_S = 30.0
+BEAT_S = 1.0
+"""Between two looks at the clock while nothing comes: a job that waits says so, too."""
 
 
 class Progress:
@@ -27,11 +30,14 @@ class Progress:
         """Say what is counted, and up to where."""
         self.title, self.total, self.unit = title, total, unit
         self.console = console or Console(stderr=True)
-        self.done, self.facts, self._left = 0, "", ""
+        self.done = 0
+        self._facts: dict[str, object] = {}
         self._started = self._logged = time.monotonic()
         self._told = 0
         self._first: int | None = None
         self._bar: Bar | None = None
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._follower = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> Self:
         """Show the line."""
@@ -40,18 +46,20 @@ class Progress:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[facts]}"),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[words]}"),
                 console=self.console,
             )
             self._bar.start()
-            self._task = self._bar.add_task(self.title, total=self.total, facts="")
+            self._task = self._bar.add_task(self.title, total=self.total, words="")
+        self._follower.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Leave the last state on the screen."""
+        self._ended.set()
+        self._follower.join()
         if self._bar:
             self._bar.stop()
         elif self.done != self._told:
@@ -59,23 +67,37 @@ class Progress:
 
     def update(self, done: int, **facts: object) -> None:
         """Say how far the job is, and further facts worth reading."""
-        if self._first is None:
-            self._first, self._started = done, time.monotonic()
-        self.done = done
-        rate = (done - self._first) / max(time.monotonic() - self._started, 1e-3)
-        told = [f"{name} {value}" for name, value in facts.items()]
-        self.facts = ", ".join([*told, f"{rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s"] if rate else told)
-        left = timedelta(seconds=round((self.total - done) / rate)) if rate else None
-        self._left = f", {left} left" if left else ""
-        if self._bar:
-            self._bar.update(self._task, completed=done, total=self.total, facts=self.facts)
-        elif time.monotonic() - self._logged >= LOG_INTERVAL_S:
-            self._log()
+        with self._lock:
+            if self._first is None:
+                self._first, self._started = done, time.monotonic()
+            self.done, self._facts = done, facts
+            self._tell()
 
     def print(self, text: str) -> None:
         """Print a line above the bar."""
         (self._bar.console if self._bar else self.console).print(text, highlight=False, soft_wrap=True)
 
+    def _follow(self) -> None:
+        while not self._ended.wait(BEAT_S):
+            with self._lock:
+                self._tell()
+
+    def _tell(self) -> None:
+        if self._bar:
+            self._bar.update(self._task, completed=self.done, total=self.total, words=self._words())
+        elif time.monotonic() - self._logged >= LOG_INTERVAL_S:
+            self._log()
+
+    def _words(self) -> str:
+        """Say what is known beside the numbers: the facts, how fast it goes, and when it will be done."""
+        words = [f"{name} {value}" for name, value in self._facts.items()]
+        rate = (self.done - (self._first or 0)) / max(time.monotonic() - self._started, 1e-3)
+        if rate:
+            left = timedelta(seconds=round((self.total - self.done) / rate))
+            words += [f"{rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s", f"{left} left"]
+        return ", ".join(words)
+
     def _log(self) -> None:
         self._logged, self._told = time.monotonic(), self.done
-        self.print(f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {self.facts}{self._left}")
+        words = [f"{self.title}: {self.done:,} of {self.total:,} {self.unit}", self._words()]
+        self.print(", ".join(filter(None, words)))

@@ -75,10 +75,15 @@ class Resources(NamedTuple):
         """Tell whether workers ask for GPUs: as they are told to, else where there are any.
 
         Raises:
-            ConfigError: they are told to, and there is none.
+            ConfigError: they are told to, and this machine has none.
+            ClusterError: they are told to, and no node has one yet.
         """
         use_gpu = compute.use_gpu if compute.use_gpu is not None else self.gpus > 0
         if use_gpu and not self.gpus:
+            if len(self.nodes) > 1:  # such as a head, whose spot machines come and go
+                raise ClusterError(
+                    "--use-gpu: no node of the cluster has a GPU yet; try again when one is up"
+                )
             raise ConfigError("--use-gpu: the cluster has no GPU; use --no-gpu, or submit to one that has")
         return use_gpu
 
@@ -94,16 +99,16 @@ class Resources(NamedTuple):
             return min(node.cpus / node.gpus for node in nodes if node.gpus)
         if workers.minimum == workers.maximum:
             shares = {node.cpus / number for node in nodes for number in range(1, workers.maximum + 1)}
-            return max(share for share in shares if self._places(share) >= workers.maximum)
+            return max(share for share in shares if self.places(share) >= workers.maximum)
         return min(max(self.cpus / workers.maximum, ACTOR_CPUS), min(node.cpus for node in nodes))
 
     def num_actors(self) -> int:
         """Give the actors that make use of all CPUs: one a node, and more on those that are larger."""
         sizes = [node.cpus for node in self.nodes.values() if node.cpus]
         share = max(min(sizes), min(LEAST_SHARE, max(sizes)))
-        return self._places(share)
+        return self.places(share)
 
-    def _places(self, share: float) -> int:
+    def places(self, share: float) -> int:
         """Count the shares of so many CPUs that the nodes hold."""
         return sum(int(node.cpus / share + 1e-9) for node in self.nodes.values())
 

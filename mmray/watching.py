@@ -3,8 +3,8 @@
 mmray_rows           rows scored, by status
 mmray_model_seconds  in which the model computed
 mmray_wait_seconds   in which the actor had no shard to score
-mmray_model_share    of the time since the actor started: the model's; of actors that share a GPU each also
-                     counts what the others compute meanwhile
+mmray_model_share    of the time since the shard before was done: the model's; of actors that share a GPU each
+                     also counts what the others compute meanwhile
 
 The line's `seconds` are those of its shard. An actor works on several at a time: `model_s` and `waited_s` are
 the actor's, since the line before.
@@ -55,8 +55,10 @@ class Watch:
         self.rows = metrics.Counter("mmray_rows", "Rows scored.", ("status",))
         self.model = metrics.Counter("mmray_model_seconds", "Seconds in which the model computed.")
         self.wait = metrics.Counter("mmray_wait_seconds", "Seconds without a shard to score.")
-        self.share = metrics.Gauge("mmray_model_share", "Share of the time in which the model computes.")
-        self._started = self._idle_since = time.monotonic()
+        self.share = metrics.Gauge(
+            "mmray_model_share", "Share of the time since the last shard in which the model computed."
+        )
+        self._told = self._idle_since = time.monotonic()
         self._lock, self._at_work = threading.Lock(), 0
         self._waited, self._computed = 0.0, 0.0  # not told of yet; told of so far
 
@@ -81,11 +83,13 @@ class Watch:
             total = self.labeler.predictor.seconds
             computed, self._computed = total - self._computed, total
             waited, self._waited = self._waited, 0.0
+            now = time.monotonic()
+            passed, self._told = now - self._told, now
         for status, count in counts.items():
             self.rows.inc(count, {"status": status})
         self.model.inc(max(computed, TINY))
         self.wait.inc(max(waited, TINY))
-        self.share.set(total / (time.monotonic() - self._started))
+        self.share.set(min(1.0, computed / max(passed, TINY)))
         told = {"seconds": seconds, "model_s": computed, "waited_s": waited}
         rounded = {name: round(value, 3) for name, value in told.items()}
         log.info(json.dumps({"shard": [*shard], "rows": counts.total(), **counts, **rounded}))

@@ -37,6 +37,12 @@ def num_runs(tmp_path):
     return len((tmp_path / "log").read_text())
 
 
+def test_a_job_that_was_killed_for_want_of_memory_runs_again(start, tmp_path):
+    job = start("import os; os.kill(os.getpid(), signal.SIGKILL) if times < 1 else sys.exit(0)")
+    assert job.wait(30) == 0
+    assert num_runs(tmp_path) == 2
+
+
 @pytest.mark.parametrize("status", [0, 1, 2])
 def test_a_job_that_is_done_or_bad_runs_once(start, tmp_path, status):
     assert start(f"sys.exit({status})").wait(30) == status

@@ -275,6 +275,8 @@ def test_a_job_that_is_stopped_lets_go_and_its_successor_resumes(two_nodes, arch
     driver = two_nodes.driver("label.py")
     assert "libtorch" not in Path(f"/proc/{driver}/maps").read_text(), "the head has no use for models"
     poll(lambda: "ray_mmray_rows" in two_nodes.nodes[-1].metrics(), lambda: two_nodes.nodes[-1].metrics())
+    workers = [Path(f"/proc/{process}/environ") for process in two_nodes.nodes[-1].processes()]
+    assert any(b"MALLOC_ARENA_MAX=1" in environment.read_bytes() for environment in workers)
     lines = two_nodes.shards_logged()
     assert lines
     for line in lines:  # which statuses it counts depends on which shard came first

@@ -123,8 +123,9 @@ def test_no_actor_runs_on_the_head_and_no_pod_as_root():
     for group in groups(spec):
         pod = group["template"]["spec"]
         assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"]
-        for container in pod["containers"]:
+        for container in [*pod["containers"], spec["autoscalerOptions"]]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        for container in pod["containers"]:
             assert container["readinessProbe"] and container["livenessProbe"]
             assert "/dev/shm" in {mount["mountPath"] for mount in container["volumeMounts"]}
 
@@ -134,7 +135,8 @@ def test_gpu_workers_come_and_go_on_spot_machines():
     (gpu,) = (group for group in spec["workerGroupSpecs"] if group["groupName"] == "gpu")
     assert 1 == gpu["minReplicas"] < gpu["maxReplicas"]
     assert gpu["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
-    assert any("spot" in toleration["key"] for toleration in gpu["template"]["spec"]["tolerations"])
+    tolerated = {toleration["key"] for toleration in gpu["template"]["spec"]["tolerations"]}
+    assert {"cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority"} <= tolerated
 
 
 def test_the_cluster_on_machines_keeps_rays_schema_and_is_like_the_one_on_kubernetes():
@@ -167,3 +169,5 @@ def test_one_version_of_everything():
     python = re.search(r"^FROM python:(\d+\.\d+)", dockerfile, re.M).group(1)
     assert project["requires-python"] == f">={python}"
     assert read("kustomization.yaml")["images"][0]["newTag"] == project["version"]
+    told = re.findall(r"ray\[\w+\]==([\d.]+)", (CLUSTER / "README.md").read_text())
+    assert told == [lock["ray"]]

@@ -99,9 +99,12 @@ def test_actors_share_each_gpu(monkeypatch, num_workers, gpus, actors):
 
 def test_gpus_of_a_head_without_cpus_are_out_of_reach(monkeypatch):
     monkeypatch.setattr(Resources, "of_cluster", lambda: Resources({"head": Node(0, 4), "one": Node(8)}))
-    with pytest.raises(ConfigError, match="no GPU"):
+    with pytest.raises(ClusterError, match="GPU yet"):  # a scheduler tries again, until a node is up
         Pool.on_cluster(ComputeConfig(use_gpu=True))
     assert not Pool.on_cluster(ComputeConfig()).num_gpus
+    monkeypatch.setattr(Resources, "of_cluster", lambda: LAPTOP)
+    with pytest.raises(ConfigError, match="no GPU; use --no-gpu"):
+        TrainWorkers.on_cluster(ComputeConfig(use_gpu=True))
 
 
 @pytest.mark.parametrize("there", [LAPTOP, ONE_LARGE, GPU_NODE, MANY])

@@ -266,6 +266,24 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_a_finished_one_does_nothin
         train_model(*places, model, replace(train, init=()))
 
 
+@pytest.mark.usefixtures("cluster")
+def test_ctrl_c_ends_training_as_interrupted(scenes, tmp_path):
+    settings = {"data": scenes["train"], "val": scenes["val"], "output": tmp_path / "out", "epochs": 10_000}
+    settings |= {"vision": "test_efficientnet", "image-size": 32, "width": 32, "patience": 10_000}
+    command = [sys.executable, JOBS / "train.py", "--no-pretrained", "--no-gpu"]
+    command += [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    told, deadline = tmp_path / "told", time.monotonic() + 300
+    with open(told, "w") as log:
+        job = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    while "epoch 1: loss" not in told.read_text():
+        assert job.poll() is None and time.monotonic() < deadline, told.read_text()
+        time.sleep(0.1)
+    job.send_signal(signal.SIGINT)
+    assert job.wait(120) == 3, told.read_text()
+    assert told.read_text().splitlines()[-1] == "mmray: interrupted; the same command resumes"
+
+
 def known_checkpoints(snapshot):
     """Give the checkpoints that Ray Train knows of: folder -> epoch."""
     results = json.loads(snapshot.read_text())["checkpoint_results"]

@@ -1,6 +1,7 @@
 """The line that tells how a job goes, as a log has it."""
 
 import io
+import time
 
 import pytest
 from rich.console import Console
@@ -26,6 +27,26 @@ def test_a_log_has_a_line_every_half_minute_with_rate_and_rest(clock):
         "label: 2,150 of 10,000 rows, shards 21, failed 2, 50 rows/s, 0:02:37 left",
         "label: 3,900 of 10,000 rows, shards 39, failed 2, 50 rows/s, 0:02:02 left",
     ]
+
+
+def test_a_job_that_waits_says_so(monkeypatch):
+    monkeypatch.setattr(module, "LOG_INTERVAL_S", 0.05)
+    monkeypatch.setattr(module, "BEAT_S", 0.01)
+    text, deadline = io.StringIO(), time.monotonic() + 30
+    with Progress("label", 10_000, "rows", Console(file=text, width=200)):
+        while len(text.getvalue().splitlines()) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    lines = text.getvalue().splitlines()
+    assert len(lines) >= 3 and set(lines) == {"label: 0 of 10,000 rows"}
+
+
+def test_a_terminal_tells_the_rest_also_when_rows_come_seldom(clock):
+    text = io.StringIO()
+    console = Console(file=text, width=200, force_terminal=True, color_system=None)
+    with Progress("label", 10_000, "rows", console) as line:
+        for clock[0], done in [(0, 0), (100, 1000), (200, 2000)]:
+            line.update(done, failed=2)
+    assert "2000/10000 failed 2, 10 rows/s, 0:13:20 left" in text.getvalue()
 
 
 def test_rows_that_an_earlier_run_labeled_do_not_count_as_speed(clock):
