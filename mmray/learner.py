@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from timm.optim import param_groups_weight_decay
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mmray.config import TrainConfig
@@ -58,6 +56,10 @@ class Learner:
             word_rates: float64 (V,), of captions those that have each word, where the recipe weighs these.
             wrap: makes a module ready for distributed training.
         """
+        # Here, since drivers that import this module train nothing.
+        from timm.optim import param_groups_weight_decay
+        from timm.utils import ModelEmaV3
+
         self.model, self.config = model, config
         self.device = next(model.parameters()).device
         self.with_words = None
@@ -69,6 +71,7 @@ class Learner:
         self.forward = wrap(self.module)
         self.optimizer = torch.optim.AdamW(param_groups_weight_decay(self.module, config.weight_decay))
         self.ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
+        self.steps_per_epoch = steps_per_epoch
         self.total_steps = config.epochs * steps_per_epoch
         self.warmup_steps = config.warmup_epochs * steps_per_epoch
         global_batch = config.batch_size_per_worker * world_size
@@ -151,10 +154,11 @@ class Learner:
         if self.with_words:
             safetensors.torch.save_file(_contiguous(self.with_words.head), folder / "words.safetensors")
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-        (folder / PROGRESS).write_text(json.dumps(progress | {"num_steps": self.num_steps}))
+        steps = {"num_steps": self.num_steps, "steps_per_epoch": self.steps_per_epoch}
+        (folder / PROGRESS).write_text(json.dumps(progress | steps))
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Go back to a checkpoint; gives what was saved with it."""
+        """Go back to a checkpoint, be it of another number of workers; gives what was saved with it."""
         self.model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
         if self.ema:
             self.ema.module.load_state_dict(safetensors.torch.load_file(folder / "averaged.safetensors"))
@@ -163,7 +167,8 @@ class Learner:
         state = torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True)
         self.optimizer.load_state_dict(state)
         progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
-        self.num_steps = progress["num_steps"]
+        num_epochs = progress["num_steps"] / progress["steps_per_epoch"]
+        self.num_steps = round(num_epochs * self.steps_per_epoch)
         return progress
 
 

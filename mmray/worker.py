@@ -63,7 +63,6 @@ def train_worker(config: dict[str, Any]) -> None:
     if checkpoint := ray.train.get_checkpoint():
         with checkpoint.as_directory() as folder:
             state = learner.load(Path(folder))
-        learner.num_steps = state["epoch"] * num_steps  # the checkpoint may be of another number of workers
     epochs = Epochs(job, learner, num_steps, rank, world_size)
     while state["epoch"] < job.train.epochs and state["stale"] < job.train.patience:
         metrics, validation = epochs.run(state["epoch"] + 1)

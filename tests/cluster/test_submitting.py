@@ -325,4 +325,10 @@ def test_training_goes_on_with_the_workers_that_there_are(two_nodes, train, tmp_
     wait_for(2)
     learned = history()
     assert [epoch for epoch, _ in learned] == list(range(1, len(learned) + 1))
+    mapped = Path(f"/proc/{two_nodes.driver('train.py')}/maps").read_text()
+    assert "torchvision" not in mapped, (
+        "the head has no use for models; Ray's TorchTrainer alone brings torch"
+    )
     assert two_nodes.job("stop", "elastic").returncode == 0
+    poll(lambda: not two_nodes.driver("train.py"), lambda: "the driver's end")
+    assert two_nodes.logs("elastic").splitlines()[-1] == "mmray: interrupted; the same command resumes"

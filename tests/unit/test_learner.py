@@ -224,12 +224,22 @@ def test_a_loaded_checkpoint_continues_as_if_nothing_had_happened(tmp_path, ema_
     config = replace(MODEL)
     fresh = build_model(config, NUM_LABELS, describe_encoder(config, NUM_WORDS))
     after = learner(train, steps_per_epoch=2, model=fresh)
-    assert after.load(tmp_path) == {"epoch": 1, "best": 0.5, "num_steps": 3}
+    assert after.load(tmp_path) == {"epoch": 1, "best": 0.5, "num_steps": 3, "steps_per_epoch": 2}
     steps(after, 3, 6)
     assert after.num_steps == through.num_steps == 6
     assert equal(state_of(after.model), state_of(through.model))
     assert equal(state_of(after.averaged), state_of(through.averaged))
     assert not equal(state_of(after.model), state_of(before.model))
+
+
+def test_more_workers_go_on_at_the_place_of_the_schedule_where_fewer_were(tmp_path):
+    one, two = learner(steps_per_epoch=8, world_size=1), learner(steps_per_epoch=4, world_size=2)
+    for seed in range(8):
+        one.step(*batch(seed=seed))
+    one.save(tmp_path, {"epoch": 1})
+    two.load(tmp_path)
+    assert two.num_steps == 4
+    assert two.rate() == pytest.approx(one.rate() * math.sqrt(2), rel=0.1)
 
 
 def test_a_checkpoint_that_calls_code_is_not_loaded(tmp_path):
