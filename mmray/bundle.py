@@ -21,7 +21,7 @@ import numpy as np
 
 from mmray.config import ModelConfig
 from mmray.decisions import Calibration
-from mmray.errors import BundleError, ConfigError, DataError
+from mmray.errors import BundleError, ConfigError, DataError, one_line
 from mmray.fingerprints import fingerprint
 from mmray.options import from_json
 from mmray.schema import Vocabulary
@@ -125,9 +125,7 @@ class Bundle:
         try:
             model.load_state_dict(safetensors.torch.load(data))
         except RuntimeError as error:
-            raise BundleError(
-                f"{self.folder}: weights of another model: {' '.join(str(error).split())[:300]}"
-            ) from None
+            raise BundleError(f"{self.folder}: weights of another model: {one_line(error)}") from None
         return model.eval()
 
     def weights(self) -> bytes:

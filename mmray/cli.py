@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from mmray.errors import ConfigError, RedactingFormatter, find_error, redact
+from mmray.errors import ConfigError, RedactingFormatter, find_error, one_line, redact
 from mmray.recipes import read_recipe
 
 EXIT_BAD_RESULT = 1
@@ -130,8 +130,8 @@ def at_edge(function: Callable[..., None]) -> Callable[..., None]:
             logging.getLogger("mmray").debug("the job failed", exc_info=error)
             if known := find_error(error):
                 _leave(str(known), known.exit_status)
-            brief = " ".join(f"{type(error).__name__}: {error}".split())
-            _leave(f"{brief[:600]} (the same command resumes; --verbose shows where)", EXIT_INTERRUPTED)
+            brief = one_line(f"{type(error).__name__}: {error}", 600)
+            _leave(f"{brief} (the same command resumes; --verbose shows where)", EXIT_INTERRUPTED)
 
     return run
 

@@ -70,18 +70,18 @@ def _commit(committer: Committer, parcel: Parcel) -> dict[str, Any]:
         return outcome | {"error": errors.to_json(error)}
 
 
-def describe(committer: Committer, files_json: Sequence[str]) -> tuple[list[FileRecord], str | None]:
+def describe(committer: Committer, files: Sequence[DataFile]) -> tuple[list[FileRecord], str | None]:
     """Read back files that an earlier run completed; gives their records, or an error as JSON."""
     try:
-        return [committer.describe(DataFile.from_json(file)) for file in files_json], None
+        return [committer.describe(file) for file in files], None
     except Exception as error:
         return [], errors.to_json(error)
 
 
 @ray.remote(num_cpus=0.5)
-def _join(committer: Committer, file_json: str) -> tuple[str | None, str | None]:
+def _join(committer: Committer, file: DataFile) -> tuple[str | None, str | None]:
     try:
-        record = committer.join(DataFile.from_json(file_json))
+        record = committer.join(file)
         return record and json.dumps(record._asdict()), None
     except Exception as error:
         return None, errors.to_json(error)
@@ -154,7 +154,7 @@ class Tally:
             raise error
 
     def _start_join(self, file: DataFile) -> None:
-        self._joins.append(_join.remote(self.committer, file.to_json()))
+        self._joins.append(_join.remote(self.committer, file))
 
     def _finish_joins(self, *, wait: bool) -> None:
         while self._joins:

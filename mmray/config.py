@@ -25,6 +25,8 @@ AXES = (
 )
 FUSIONS = ("image", "text", "logits", "concat", "cross-attention")
 TOWERS = ("image", "caption")
+ONLY_TOWER = {"image": "image", "text": "caption"}
+"""Fusions of one tower alone, and which it is."""
 LOSSES = ("bce", "weighted-bce", "focal", "asymmetric")
 
 
@@ -117,15 +119,25 @@ class ModelConfig:
         if self.num_heads < 1 or self.width % self.num_heads:
             raise ConfigError(f"--width {self.width} cannot be shared by --num-heads {self.num_heads}")
         require_range("--members", self.members, 1, 100)
-        if self.members > 1 and self.fusion == "image":
+        if self.members > 1 and "caption" not in self.towers:
             raise ConfigError("--members counts caption towers, and --fusion image has none")
 
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """The TOWERS that the model has."""
+        return towers_of(self.fusion)
+
     def record(self) -> dict[str, Any]:
-        """Give it as JSON that sums up to the same as before an option came, where that is left alone."""
+        """Give it as JSON, without options that came later and are off: its sum is as before they came."""
         record = asdict(self)
         if self.members == 1:
             del record["members"]
         return record
+
+
+def towers_of(fusion: str) -> tuple[str, ...]:
+    """Give those of the TOWERS that a fusion joins."""
+    return (ONLY_TOWER[fusion],) if fusion in ONLY_TOWER else TOWERS
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pyarrow as pa
 
-from mmray.errors import MmrayError, OutputError
+from mmray.errors import MmrayError, OutputError, one_line
 
 
 @contextmanager
@@ -25,5 +25,4 @@ def reading_labels(where: str) -> Iterator[None]:
     except (pa.ArrowException, ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
             raise  # the disk's, or the network's
-        brief = " ".join(str(error).split())[:200]
-        raise OutputError(f"{where} is gone or damaged ({brief}); verify.py says more") from None
+        raise OutputError(f"{where} is gone or damaged ({one_line(error)}); verify.py says more") from None

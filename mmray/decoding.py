@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mmray.captions import is_blank
+from mmray.config import towers_of
 from mmray.errors import DataError, SpoiltError
 from mmray.faults import moment
 from mmray.images import View, decode_image
@@ -55,7 +56,7 @@ def decode_row(image: Image, caption: str | None, fusion: str, size_px: int, vie
     """
     moment("decode", caption or "")
     pixels, status, error = None, Status.OK, None
-    if fusion != "text":
+    if "image" in towers_of(fusion):
         try:
             if image is None:
                 raise UnfetchedError("image is null", Status.NO_IMAGE)
@@ -85,8 +86,9 @@ def described(
         status: by the image alone.
         error: why there are no pixels.
     """
-    readable = fusion != "image" and not is_blank(caption)
-    if fusion != "image" and not readable:
+    wanted = "caption" in towers_of(fusion)
+    readable = wanted and not is_blank(caption)
+    if wanted and not readable:
         missing = "caption is null" if caption is None else "caption is empty"
         error = f"{error}; {missing}" if error else missing
         status = Status.NO_CAPTION if status is Status.OK else Status.FAILED

@@ -109,6 +109,11 @@ class RedactingFormatter(logging.Formatter):
         return redact(super().format(record))
 
 
+def one_line(text: object, limit: int | None = 300) -> str:
+    """Write what is said in several lines as one, of so many characters at most."""
+    return " ".join(str(text).split())[:limit]
+
+
 def find_error(error: BaseException) -> MmrayError | None:
     """Find the user's error inside what Ray wrapped around it."""
     seen: set[int] = set()
@@ -132,7 +137,7 @@ def find_error(error: BaseException) -> MmrayError | None:
 
 def to_json(error: Exception) -> str:
     """Write an error as its kind and its text: one that Ray raises holds frames, actors and their CPUs."""
-    return json.dumps({"kind": type(error).__name__, "message": " ".join(str(error).split())})
+    return json.dumps({"kind": type(error).__name__, "message": one_line(error, None)})
 
 
 def from_json(text: str) -> Exception:

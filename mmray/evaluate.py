@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from mmray.parcels import unpack
 from mmray.parquet import DataFile
 from mmray.plan import Work
 from mmray.pool import Pool
+from mmray.resources import spread
 from mmray.schema import Vocabulary, output_name, score_matrix
 from mmray.scoring import Scorer, score_shards, streaming
 
@@ -130,12 +131,11 @@ def evaluate_predictions(
     if not pairs.by_position:
         return grader.summary([grader.count(*pairs.joined()).to_vector()])
 
-    def count(row: dict[str, Any]) -> dict[str, Any]:
-        pair = pairs.of_file(DataFile.from_json(row["item"]))
-        return {"counts": grader.count(*pair).to_vector().tobytes()}
+    def count(files: Sequence[DataFile]) -> np.ndarray:
+        counts = (grader.count(*pairs.of_file(file)) for file in files)
+        return sum(counts, start=Counts.zero(len(grader.vocabulary))).to_vector()
 
-    files = ray.data.from_items([file.to_json() for file in pairs.files])
-    return grader.summary(_vectors(files.map(count, num_cpus=0.5)))
+    return grader.summary(spread(count, pairs.files))
 
 
 def _vector(counts: Counts) -> pa.Table:

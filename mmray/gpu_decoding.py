@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from mmray.config import towers_of
 from mmray.decoding import Image, Row, RowDecoder, Waiting, described
 from mmray.errors import ConfigError
 from mmray.images import LARGE_PIXELS
@@ -58,7 +59,7 @@ class GpuDecoder:
             A function that waits for them, and raises HungError as `RowDecoder`'s does; DeviceError where
             the GPU fails for good.
         """
-        plain = {} if self.rows.fusion == "text" else _plain(images)
+        plain = _plain(images) if "image" in towers_of(self.rows.fusion) else {}
         decoding = self.thread.submit(self._decode, [*plain.values()])
         others = [row for row in range(len(images)) if row not in plain]
         waiting = self.rows.submit([images[row] for row in others], [captions[row] for row in others])

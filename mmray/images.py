@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from mmray.errors import DataError
+from mmray.errors import DataError, one_line
 from mmray.randaugment import Operation, apply_operations, draw_operations
 
 DECODER = "pillow-1"
@@ -184,4 +184,4 @@ def _reason(error: Exception) -> str:
         return "not an image of a known format"
     if isinstance(error, Image.DecompressionBombError):  # names twice the limit, where Pillow itself stops
         return f"it has more pixels than the limit of {MAX_PIXELS}"
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return one_line(f"{type(error).__name__}: {error}", 200)

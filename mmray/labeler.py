@@ -170,7 +170,7 @@ class Labeler:
             [row.pixels for row in rows],
             *tokens,
             has_caption=[row.caption is not None for row in rows],
-            size_px=config.image_size if config.fusion != "text" else 0,
+            size_px=config.image_size if "image" in config.towers else 0,
             device=self.predictor.device,
         )
         return self.predictor.submit(inputs)

@@ -7,7 +7,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,7 @@ from mmray.progress import Progress
 from mmray.resources import spread
 from mmray.retry import Earlier
 from mmray.scoring import Scorer, score_shards, streaming
-from mmray.shards import Committer, FileRecord, Records, count_rows, finish, finished_manifest
+from mmray.shards import Committer, Records, count_rows, finish, finished_manifest
 from mmray.storage import Folder
 
 log = logging.getLogger(__name__)
@@ -206,11 +206,8 @@ def read_back(committer: Committer, plan: Plan, records: Records) -> None:
         OutputError: a file is not of this job.
     """
 
-    def described(files_json: Sequence[str]) -> tuple[list[FileRecord], str | None]:
-        return describe(committer, files_json)
-
-    missing = [file.to_json() for file in plan.files if file.path not in records.found]
-    for found, error in spread(described, missing):
+    missing = [file for file in plan.files if file.path not in records.found]
+    for found, error in spread(partial(describe, committer), missing):
         if error:
             raise errors.from_json(error)
         for record in found:

@@ -60,7 +60,7 @@ def labeling_report(
         plan.compare_input(files)
     surveyor = Surveyor.of(output, plan)
     survey = survey_files(surveyor, [file.path for file in plan.files if file.num_rows])
-    fused = bundle is not None and bundle.model_config.fusion not in ("image", "text")
+    fused = bundle is not None and len(bundle.model_config.towers) > 1
     square_px = bundle.model_config.image_size if bundle and fused else None
     reader = Reader(output, plan.settings, source, prefixes, square_px=square_px)
     looks = reader.read_all(plan.files, survey.picks)

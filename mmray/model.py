@@ -246,9 +246,9 @@ def build_model(
     Raises:
         ConfigError: a tower is unknown, or published weights are out of reach.
     """
-    fusion, bare = config.fusion, replace(config, pretrained=False)
-    image = ImageTower(bare if "image" in donated else config) if fusion != "text" else None
-    if fusion == "image":
+    bare = replace(config, pretrained=False)
+    image = ImageTower(bare if "image" in donated else config) if "image" in config.towers else None
+    if "caption" not in config.towers:
         assert image is not None
         return MultimodalModel(image, None, OneHead(image.width, num_labels, config.dropout))
     as_described = bare if "caption" in donated else config

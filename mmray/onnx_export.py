@@ -50,11 +50,8 @@ class Labels(nn.Module):
 
 def inputs_of(bundle: Bundle) -> tuple[str, ...]:
     """Name the inputs that a bundle's model uses: of one modality alone, no flag says that it is there."""
-    if bundle.model_config.fusion == "image":
-        return IMAGE_INPUTS[:1]
-    if bundle.model_config.fusion == "text":
-        return CAPTION_INPUTS[:2]
-    return (*IMAGE_INPUTS, *CAPTION_INPUTS)
+    alone = {"image": IMAGE_INPUTS[:1], "text": CAPTION_INPUTS[:2]}
+    return alone.get(bundle.model_config.fusion, (*IMAGE_INPUTS, *CAPTION_INPUTS))
 
 
 def to_onnx(bundle: Bundle, *, decide: bool = False) -> bytes:

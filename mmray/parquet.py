@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmray.columns import holds_uris, refuse_pickles
-from mmray.errors import DataError
+from mmray.errors import DataError, one_line
 from mmray.faults import moment
 from mmray.rowgroups import DAMAGE, RowGroups
 from mmray.storage import Folder, visible
@@ -192,8 +192,7 @@ def _parsing(file: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # Thrift, text and extension types complain in their own kinds
-        reason = " ".join(str(error).split())
-        raise DataError(f"{file}: the Parquet footer is damaged ({reason})") from None
+        raise DataError(f"{file}: the Parquet footer is damaged ({one_line(error)})") from None
 
 
 def cut_shards(row_groups: Sequence[tuple[int, int]]) -> tuple[Unit, ...]:

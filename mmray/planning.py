@@ -147,7 +147,7 @@ def _require_usable(schema: pa.Schema, columns: Columns, where: str) -> dict[str
 
 def labeling_settings(bundle: Bundle, columns: Columns, config: LabelConfig) -> dict[str, Any]:
     """Give all that the labels depend on. Workers, batch size, device and budget are not among it."""
-    on_gpu = config.decode == "gpu" and bundle.model_config.fusion != "text"
+    on_gpu = config.decode == "gpu" and "image" in bundle.model_config.towers
     return {
         "bundle": bundle.fingerprint,
         "labels": list(bundle.vocabulary.labels),

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray.data
 
 from mmray.config import SelfTrainConfig
 from mmray.datasets import Rows
 from mmray.errors import OutputError
 from mmray.fingerprints import differences, fingerprint
-from mmray.metrics import histogram
+from mmray.metrics import NUM_BINS, histogram
 from mmray.parquet import DataFile, read_footer, read_units
+from mmray.resources import spread
 from mmray.schema import Vocabulary, score_matrix
 from mmray.selection import Cutoffs, Selection, write_selection
 from mmray.shards import MANIFEST
@@ -67,15 +66,15 @@ def _cutoffs(unlabeled: Rows, labels: Folder, shares: np.ndarray, config: SelfTr
     if config.select == "confidence":
         return Cutoffs.by_confidence(config.confidence, num_labels)
 
-    def count(row: dict[str, Any]) -> dict[str, Any]:
-        scores, valid = _scores(labels, row["path"], num_labels)
-        scores = scores[valid]
-        return {"counts": histogram(scores, np.zeros(scores.shape, bool))[0].astype(np.int64).tobytes()}
+    def count(files: Sequence[DataFile]) -> np.ndarray:
+        total = np.zeros((num_labels, NUM_BINS))
+        for file in files:
+            scores, valid = _scores(labels, file.path, num_labels)
+            total += histogram(scores[valid], np.zeros((valid.sum(), num_labels), bool))[0]
+        return total
 
-    total: Any = 0
-    for row in ray.data.from_items([{"path": file.path} for file in unlabeled.files]).map(count).iter_rows():
-        total = total + np.frombuffer(row["counts"], np.int64).reshape(num_labels, -1)
-    return Cutoffs.by_frequency(total.astype(np.float64), shares, config.keep)
+    total = np.sum(spread(count, unlabeled.files), axis=0)
+    return Cutoffs.by_frequency(total, shares, config.keep)
 
 
 def _select_files(
@@ -88,8 +87,7 @@ def _select_files(
 ) -> Iterator[dict[str, Any]]:
     """Write the selection of each file, on the cluster; gives how much it is and, if known, how right."""
 
-    def write(row: dict[str, Any]) -> dict[str, Any]:
-        file = DataFile.from_json(row["file"])
+    def write(file: DataFile) -> dict[str, Any]:
         scores, valid = _scores(labels, file.path, len(vocabulary))
         rows, targets, mask = cutoffs.select(scores, valid, soft=config.targets == "soft")
         if len(rows):
@@ -103,11 +101,10 @@ def _select_files(
                 f"right_{kind}": (taken & known & right).sum(0),
             }
         counts = {name: count.tolist() for name, count in found.items()}
-        return {"found": json.dumps({"path": file.path, "num_rows": len(rows), **counts})}
+        return {"path": file.path, "num_rows": len(rows), **counts}
 
-    files = ray.data.from_items([{"file": file.to_json()} for file in unlabeled.files])
-    for row in files.map(write).iter_rows():
-        yield json.loads(row["found"])
+    for found in spread(lambda files: [write(file) for file in files], unlabeled.files):
+        yield from found
 
 
 def _scores(labels: Folder, path: str, num_labels: int) -> tuple[np.ndarray, np.ndarray]:

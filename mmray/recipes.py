@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mmray.config import ModelConfig, TrainConfig
-from mmray.errors import ConfigError
+from mmray.errors import ConfigError, one_line
 from mmray.options import make
 
 SUFFIXES = (".yaml", ".yml")
@@ -45,7 +45,7 @@ def read_recipe(path: str) -> dict[str, str | list[str]]:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path} is not YAML: {one_line(error)}") from None
     if not isinstance(recipe, dict):
         raise ConfigError(f"{path} holds no option: value pairs")
     recipe = {str(key): value for key, value in recipe.items() if value not in NOTHING}

@@ -17,6 +17,7 @@ ACTOR_CPUS = 8.0
 LEAST_SHARE = 4.0
 """CPUs of a small node for whose sake larger ones are still divided."""
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -113,9 +114,9 @@ class Resources(NamedTuple):
         return sum(int(node.cpus / share + 1e-9) for node in self.nodes.values())
 
 
-def spread(work: Callable[[Sequence[str]], Result], paths: Sequence[str]) -> list[Result]:
-    """Do some work on files in a few tasks, each with its share of them; gives what they return."""
-    num_tasks = min(len(paths), TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 0))))
+def spread(work: Callable[[Sequence[Item]], Result], items: Sequence[Item]) -> list[Result]:
+    """Do some work on files, or what tells of them, in a few tasks; gives what each makes of its share."""
+    num_tasks = min(len(items), TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 0))))
     # Half a CPU, not less: each task at a time is a worker to be started, which takes two seconds of a CPU.
     task = ray.remote(num_cpus=0.5)(work)
-    return list(ray.get([task.remote(paths[share::num_tasks]) for share in range(num_tasks)]))
+    return list(ray.get([task.remote(items[share::num_tasks]) for share in range(num_tasks)]))

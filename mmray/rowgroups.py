@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmray.columns import refuse_pickles
-from mmray.errors import DataError
+from mmray.errors import DataError, one_line
 from mmray.storage import Folder
 
 READ_BUFFER_BYTES = 8 << 20
@@ -94,7 +94,7 @@ class RowGroups:
         except Exception as error:
             if not _is_damage(error):
                 raise
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
         return pa.nulls(num_rows, self.schema.field(name).type), reason
 
     def _batch(self, columns: list[pa.Array], num_rows: int, damage: str | None = None) -> pa.RecordBatch:

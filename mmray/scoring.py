@@ -72,7 +72,7 @@ class Scorer(NamedTuple):
     @property
     def decodes_apart(self) -> bool:
         """Whether a pool decodes. Of rows that are hidden or labeled again most images are not wanted."""
-        shown = self.bundle.model_config.fusion != "text" and not (self.hidden or self.earlier)
+        shown = "image" in self.bundle.model_config.towers and not (self.hidden or self.earlier)
         return self.config.decode == "pool" and shown
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import fsspec
 
-from mmray.errors import ConfigError, MmrayError, StorageError, redact
+from mmray.errors import ConfigError, MmrayError, StorageError, one_line, redact
 
 FileSystem = Any
 """An `fsspec.AbstractFileSystem`; fsspec declares no types."""
@@ -99,7 +99,7 @@ def translated(uri: str, *, first_contact: bool = False) -> Iterator[None]:
 def _meaning(uri: str, error: Exception, first_contact: bool) -> Exception:
     kind, response = type(error).__name__, _response(error)
     code = response.get("Error", {}).get("Code", "")
-    reason = redact(" ".join(f"{code} {error}".split()))[:160] if code else kind
+    reason = one_line(redact(f"{code} {error}"), 160) if code else kind
     if kind in NO_CREDENTIALS:
         return ConfigError(f"{uri}: no credentials found; set AWS_PROFILE or AWS_ACCESS_KEY_ID")
     if code in ("ExpiredToken", "TokenRefreshRequired"):

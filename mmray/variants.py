@@ -11,16 +11,14 @@ from mmray.config import (
     FUSIONS,
     LOSSES,
     SELECTIONS,
+    TOWERS,
     AblationConfig,
     ModelConfig,
     SelfTrainConfig,
     TrainConfig,
+    towers_of,
 )
 from mmray.fingerprints import fingerprint
-
-STRANGERS = {"image": "text", "text": "image"}
-"""Fusions of one tower alone, and whose towers are of no use to them."""
-ONLY_TOWER = {"image": "image", "text": "caption"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def variants_of(base: Experiment, config: AblationConfig) -> Iterator[Variant]:
     model, train = base.model, base.train
     if "fusion" in config.axes:
         for fusion in FUSIONS:
-            members = 1 if fusion == "image" else model.members
+            members = model.members if "caption" in towers_of(fusion) else 1
             changed = replace(base, model=replace(model, fusion=fusion, members=members))
             yield Variant("fusion", fusion, changed)
     if "loss" in config.axes:
@@ -70,7 +68,7 @@ def variants_of(base: Experiment, config: AblationConfig) -> Iterator[Variant]:
             changed = replace(base, train=replace(train, modality_dropout=share))
             value = f"{share:g}" if share else "off"
             yield Variant("modality-dropout", value, changed)
-            for hidden in ("image", "caption") if model.fusion not in STRANGERS else ():
+            for hidden in TOWERS if len(model.towers) > 1 else ():
                 yield Variant("modality-dropout", f"{value}, no {hidden}", changed, f"no {hidden}")
     if "self-training" in config.axes:
         for selection in SELECTIONS:
@@ -92,11 +90,9 @@ def variants_of(base: Experiment, config: AblationConfig) -> Iterator[Variant]:
 
 def suited(variant: Variant) -> Variant:
     """Leave out of a variant's start what its fusion has no tower for."""
-    train, fusion = variant.experiment.train, variant.experiment.model.fusion
-    if fusion not in STRANGERS:
-        return variant
-    init = tuple(uri for uri in train.init if Bundle.load(uri).model_config.fusion != STRANGERS[fusion])
-    freeze = tuple(tower for tower in train.freeze if tower == ONLY_TOWER[fusion])
+    train, towers = variant.experiment.train, variant.experiment.model.towers
+    init = tuple(uri for uri in train.init if {*Bundle.load(uri).model_config.towers} & {*towers})
+    freeze = tuple(tower for tower in train.freeze if tower in towers)
     experiment = replace(variant.experiment, train=replace(train, init=init, freeze=freeze))
     return variant._replace(experiment=experiment)
 

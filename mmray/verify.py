@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray.data
 
-from mmray.errors import DataError, OutputError
+from mmray.errors import DataError, OutputError, one_line
 from mmray.fingerprints import differences
 from mmray.parquet import DataFile, find_files, read_footer, read_units
 from mmray.plan import SCHEMA_VERSION, Plan
+from mmray.resources import spread
 from mmray.schema import KeptScores, Status, Vocabulary, output_schema, passthrough_names, prediction_fields
 from mmray.shards import MANIFEST, SUCCESS, FileRecord
 from mmray.storage import Folder, visible
@@ -70,15 +70,13 @@ def verify_dataset(input_uri: str, output_uri: str) -> Verification:
     listed = {file["path"]: file for file in manifest["files"]}
     expected = Expected.of(plan.settings)
 
-    def check(row: dict[str, str]) -> list[dict[str, str]]:
-        file, entry = DataFile.from_json(row["file"]), json.loads(row["listed"])
-        return [{"problem": problem} for problem in check_file(source, output, file, entry, expected)]
+    def check(files: Sequence[tuple[DataFile, dict[str, Any]]]) -> list[str]:
+        return [
+            problem for file, entry in files for problem in check_file(source, output, file, entry, expected)
+        ]
 
-    if checkable:
-        items = ray.data.from_items(
-            [{"file": file.to_json(), "listed": json.dumps(listed.get(file.path, {}))} for file in checkable]
-        )
-        problems += [row["problem"] for row in items.flat_map(check, num_cpus=0.5).take_all()]
+    entries = [(file, listed.get(file.path, {})) for file in checkable]
+    problems += chain.from_iterable(spread(check, entries))
     return Verification(len(plan.files), plan.num_rows, sorted(problems))
 
 
@@ -121,13 +119,13 @@ def check_file(
     try:
         labeled = pq.read_table(pa.BufferReader(data))
     except (pa.ArrowException, OSError) as error:  # a damaged page comes as OSError
-        yield f"{file.path}: cannot be read ({' '.join(str(error).split())})"
+        yield f"{file.path}: cannot be read ({one_line(error)})"
         return
     try:
         metadata, _ = read_footer(source, file.path, file.size_bytes)
         schema = metadata.schema.to_arrow_schema()
     except (pa.ArrowException, DataError) as error:
-        yield f"{file.path}: its input cannot be read ({' '.join(str(error).split())})"
+        yield f"{file.path}: its input cannot be read ({one_line(error)})"
         return
     wanted = output_schema(
         schema, expected.image_column, prediction_fields(expected.vocabulary, expected.kept)

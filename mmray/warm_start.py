@@ -8,8 +8,8 @@ from pathlib import Path
 import safetensors.torch
 
 from mmray.bundle import Bundle
-from mmray.config import ModelConfig, TrainConfig
-from mmray.errors import ConfigError
+from mmray.config import TOWERS, ModelConfig, TrainConfig
+from mmray.errors import ConfigError, one_line
 from mmray.model import MultimodalModel
 from mmray.recipes import is_recipe, read_stage
 from mmray.schema import Vocabulary
@@ -46,8 +46,8 @@ def given_parts(config: ModelConfig, theirs: ModelConfig, name: str) -> set[str]
         ConfigError: their towers differ, or there is nothing to give; `name` says whose they are.
     """
     found = set[str]()
-    for part, tower, without in (("image", "vision", "text"), ("caption", "text", "image")):
-        if without in (theirs.fusion, config.fusion):
+    for part, tower in zip(TOWERS, ("vision", "text"), strict=True):
+        if part not in theirs.towers or part not in config.towers:
             continue
         ours, its = getattr(config, tower), getattr(theirs, tower)
         if its != ours:
@@ -116,5 +116,4 @@ def take_over(model: MultimodalModel, donors: Mapping[str, Bundle]) -> None:
         try:
             model.get_submodule(part).load_state_dict(own)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ConfigError(f"--init {bundle.folder}: its {part} does not fit: {reason}") from None
+            raise ConfigError(f"--init {bundle.folder}: its {part} does not fit: {one_line(error)}") from None
