@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import pyarrow as pa
 import ray
@@ -25,6 +25,7 @@ from mmray.plan import Shard
 from mmray.pool import Pool
 from mmray.resources import Resources
 from mmray.schema import KeptScores
+from mmray.scoring import load_labeler
 from mmray.shards import Committer
 from mmray.storage import Folder
 
@@ -91,7 +92,8 @@ def forecast(
     Raises:
         DataError: the rows are unusable.
         BundleError: the bundle is incomplete or damaged.
-        ConfigError: a GPU is asked for, and the cluster has none.
+        ConfigError: a GPU is asked for, and this machine has none.
+        ClusterError: the cluster has no CPU yet, or not the GPU that is asked for.
     """
     columns, scoring, bundle = columns or Columns(), scoring or ScoringConfig(), Bundle.load(model_uri)
     rows = Rows.find(input_uri, columns, needs=("image", "caption"))
@@ -124,36 +126,17 @@ def measure(
 ) -> Costs:
     """Measure the stages apart, in this process: a worker of the cluster."""
     started = time.perf_counter()
-    import torch
-
-    from mmray.labeler import Labeler
     from mmray.tables import TableLabeler
 
-    torch.set_num_threads(pool.num_threads)
-    assert config.precision is not None
-    names = ("batch_size", "precision", "flip", "compiled")
-    settings: dict[str, Any] = {name: getattr(config, name) for name in names}
-    on_gpu = config.decode == "gpu"
-    labeler = Labeler(
-        bundle, device=pool.device, num_threads=pool.num_threads, decode_on_gpu=on_gpu, **settings
-    )
+    labeler = load_labeler(bundle, config, pool)
     start_s = time.perf_counter() - started
-
-    def read() -> list[pa.Table]:
-        found = (read_units(folder, file, [unit], salvage=True) for file, unit in units)
-        return [
-            fetch_images(rows, columns.image, columns.image_prefixes)
-            for shards in found
-            for _, _, rows in shards
-        ]
-
-    tables, read_s = _timed(read)
+    tables, read_s = _timed(lambda: _read(folder, units, columns))
     images = [image for table in tables for image in image_values(table[columns.image])]
     captions = [caption for table in tables for caption in text_values(table[columns.caption])]
     labeled = TableLabeler(labeler, columns, KeptScores.parse(config.scores))(tables[0])
     shown: Sequence[Image | Row] = images
     decode_s, num_threads = 0.0, 0
-    if not on_gpu:
+    if config.decode != "gpu":
         # Beside the model threads decode, in a pool processes: what a CPU gets done is not the same.
         num_threads = pool.num_threads if config.decode == "beside" else 1
         decoder = RowDecoder(bundle.model_config.fusion, bundle.model_config.image_size, num_threads)
@@ -167,6 +150,15 @@ def measure(
         _write(labeled, units[0][0], scratch_uri) / labeled.num_rows,
         start_s,
     )
+
+
+def _read(folder: Folder, units: Sequence[tuple[DataFile, Unit]], columns: Columns) -> list[pa.Table]:
+    """Read units as a job reads them, images that rows name by URI included."""
+    return [
+        fetch_images(rows, columns.image, columns.image_prefixes)
+        for file, unit in units
+        for _, _, rows in read_units(folder, file, [unit], salvage=True)
+    ]
 
 
 def _write(labeled: pa.Table, file: DataFile, scratch_uri: str | None) -> float:

@@ -151,15 +151,17 @@ class TrainConfig:
     warmup_epochs: float = option(1.0, "Epochs of linear warm-up, before the cosine.")
     clip_norm: float = option(1.0, "Largest norm of the gradient.")
     ema_decay: float = option(0.999, "EMA decay of weights, <= 1-n^(-2/3) at step n; 0 is off.")
-    patience: int = option(5, "Stop after so many epochs without a better sample F1.")
+    patience: int = option(5, "Stop after this many epochs without a better sample F1.")
     loss: str = option("weighted-bce", "Training loss.", choices=LOSSES)
     crop: float = option(0.5, "Least share of the area that a crop keeps; 1 is off.")
     colour: float = option(0.2, "Largest change of a picture's colours; 0 is off.")
     rand_augment: float = option(0.0, "Magnitude of RandAugment, 0 to 10; 0 is off.")
     word_dropout: float = option(0.1, "Share of the captions' tokens that are masked.")
     modality_dropout: float = option(0.1, "Share of rows that lose their image; as many, a caption.")
-    word_weight: float = option(0.0, "Weight of telling captions' words from images; 0 is off.")
-    init: tuple[str, ...] = option((), "Bundle, or recipe of a stage before, that gives towers; repeatable.")
+    word_weight: float = option(0.0, "Weight of predicting caption words from the image; 0 is off.")
+    init: tuple[str, ...] = option(
+        (), "Bundle or recipe of an earlier stage to take towers from; repeatable."
+    )
     freeze: tuple[str, ...] = option(
         (), f"Tower that stays as --init gives it, {' or '.join(TOWERS)}; repeatable."
     )
@@ -196,11 +198,11 @@ class SelfTrainConfig:
     rounds: int = option(1, "Students in a row, each the next one's teacher.")
     select: str = option(
         "class-aware",
-        "As many of each label as expected, or sure ones.",
+        "Match how frequent each label is, or take scores above --confidence.",
         choices=SELECTIONS,
     )
     keep: float = option(0.8, "Share of the expected rows that class-aware takes.")
-    confidence: float = option(0.9, "Least score of a true label; 1 - it, most of a false one.")
+    confidence: float = option(0.9, "Scores from this on count as true, up to 1 minus this as false.")
     targets: str = option(
         "hard", "What the student learns: 0 and 1, or the scores.", choices=("hard", "soft")
     )
@@ -244,7 +246,7 @@ class ComputeConfig:
     """Where the work runs. Labels do not depend on it; training does, on the number of workers."""
 
     num_workers: str | None = option(
-        None, "N or MIN:MAX [default: one a GPU; on CPUs one a node, to train one]."
+        None, "N or MIN:MAX [default: one per GPU; without GPUs one per node, to train one]."
     )
     use_gpu: bool | None = option(
         None, "Use GPUs [default: if the cluster has one].", flag="--use-gpu/--no-gpu"

@@ -3,11 +3,14 @@
     MmrayError                 every error that a user can act on; its text is one line: value, place, remedy
     ├── ConfigError            an option or recipe that cannot work
     ├── DataError              input that cannot be read or means nothing
+    │   └── UnfetchedError     an image that its URI does not lead to: costs its row alone
     ├── BundleError            a bundle that is damaged, incomplete or of another version
     ├── StorageError           a store that keeps failing; the same command resumes
     ├── ClusterError           a cluster that is not there yet; the same command later
     └── OutputError            an output that belongs to another job
         └── BudgetError        more failed rows than the budget allows: the job ran and its result is bad
+
+    SpoiltError                a process that can do no more work (HungError, DeviceError); another may
 
 A job ends with the `exit_status` of the error that reached its edge (see `mmray.cli`).
 """

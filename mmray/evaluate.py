@@ -91,7 +91,8 @@ def evaluate_model(
     Raises:
         DataError: the rows are unusable, or bear labels that the model does not know.
         BundleError: the bundle is incomplete or damaged.
-        ConfigError: a GPU is asked for, and the cluster has none.
+        ConfigError: a GPU is asked for, and this machine has none.
+        ClusterError: the cluster has no CPU yet, or not the GPU that is asked for.
     """
     columns, compute, scoring = columns or Columns(), compute or ComputeConfig(), scoring or ScoringConfig()
     bundle, pool = Bundle.load(model_uri), Pool.on_cluster(compute, scoring)

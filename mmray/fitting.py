@@ -27,7 +27,7 @@ GROWTH_CHECK_S = 30
 """Between two looks for workers of a group that may grow. Growing costs the epoch that is under way."""
 
 MANY_FAILURES = 20
-"""Losses of workers that a group outlives whose nodes come and go; others outlive two."""
+"""Failures of workers that an elastic group tolerates; one of a fixed size tolerates two."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class TrainWorkers:
         """Size the group for the cluster that is there.
 
         Raises:
-            ConfigError: GPUs are asked for, and the cluster has none.
-            ClusterError: the cluster has no CPU yet.
+            ConfigError: GPUs are asked for, and this machine has none.
+            ClusterError: the cluster has no CPU yet, or not the GPUs that are asked for.
         """
         there = Resources.of_cluster()
         use_gpu = there.use_gpu(compute)

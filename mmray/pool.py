@@ -12,10 +12,10 @@ from mmray.errors import ConfigError
 from mmray.resources import Resources
 
 CPUS_A_GPU = 8
-"""That the cluster has, its actors' own included, from which on a pool decodes."""
+"""CPUs for each GPU, the scoring actors' own included, from which on a separate pool decodes."""
 
 DECODER_CPUS = 0.001
-"""That an actor asks for which decodes: see `Pool.decoders`."""
+"""CPUs that a decoding actor asks for: see `Pool.decoders`."""
 
 
 class Pool(NamedTuple):
@@ -44,7 +44,8 @@ class Pool(NamedTuple):
         kernels and lays out rows too slowly to keep a large GPU busy.
 
         Raises:
-            ConfigError: GPUs are asked for, and the cluster has none.
+            ConfigError: GPUs are asked for, and this machine has none.
+            ClusterError: the cluster has no CPU yet, or not the GPUs that are asked for.
         """
         there, scoring = Resources.of_cluster(), scoring or ScoringConfig()
         use_gpu = there.use_gpu(compute)

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -192,32 +192,12 @@ def _prepare(
     rows = [_checked(row, f"{source} record {number}", sizes) for number, row in enumerate(found, 1)]
     labels = Counter(label for row in rows for label in set(row.labels or ()))
     kind: Callable[[str], Label] = int if all(map(_INTEGER.fullmatch, labels)) else str
-    folders = defaultdict(list)
-    for row in rows:
-        # From the image_id alone, so that it is the same in every run and on every machine.
-        share = int.from_bytes(hashlib.sha256(row.image_id.encode()).digest()[:8]) / 2**64
-        folders[("val/" if share < val_fraction else "train/") if val_fraction else ""].append(row)
-    if len(folders) < (2 if val_fraction else 1):
-        empty_side = f"--val-fraction {val_fraction} puts all {len(rows)} rows on one side; change it"
-        raise DataError(f"{source}: {empty_side if rows else 'it has no rows'}")
     parts = {
         (file := f"{folder}part-{number:05d}.parquet"): _table(file, members[run], sizes, kind)
-        for folder, members in folders.items()
+        for folder, members in _divided(rows, source, val_fraction).items()
         for number, run in enumerate(cut([sizes.get(row.path, 0) for row in members], PART_BYTES, PART_ROWS))
     }
-    if others := sorted(output.list(".parquet").keys() - parts.keys()):
-        raise OutputError(f"{output} holds {others[0]}, which is not of this run; empty it or choose another")
-
-    write = partial(write_part, images=images, output=output)  # whole blocks: one part, one task, one file
-    reports = (
-        ray.data.from_arrow(list(parts.values()))
-        .map_batches(write, batch_size=None, batch_format="pyarrow", num_cpus=0.5)
-        .iter_rows()
-    )
-    rejected = sorted(reports, key=lambda row: row["file"])
-    lines = [{"image_id": row["image_id"], "reason": row["reason"]} for row in rejected]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    output.publish(REJECTED_PATH, text.encode())
+    rejected = _write_parts(parts, images, output)
     num_missing = sum(row["missing"] for row in rejected)
     files = output.list(".parquet")
     return Prepared(
@@ -232,6 +212,44 @@ def _prepare(
         labels={kind(label): labels[label] for label in sorted(labels, key=kind)},
         rejected_uri=f"{output}/{REJECTED_PATH}",
     )
+
+
+def _divided(rows: list[Row], source: str, val_fraction: float) -> dict[str, list[Row]]:
+    """Put rows into the folders of training and validation, if there are to be such.
+
+    Raises:
+        DataError: there are no rows, or none for one of them.
+    """
+    folders = defaultdict[str, list[Row]](list)
+    for row in rows:
+        # From the image_id alone, so that it is the same in every run and on every machine.
+        share = int.from_bytes(hashlib.sha256(row.image_id.encode()).digest()[:8]) / 2**64
+        folders[("val/" if share < val_fraction else "train/") if val_fraction else ""].append(row)
+    if len(folders) < (2 if val_fraction else 1):
+        empty_side = f"--val-fraction {val_fraction} puts all {len(rows)} rows on one side; change it"
+        raise DataError(f"{source}: {empty_side if rows else 'it has no rows'}")
+    return folders
+
+
+def _write_parts(parts: dict[str, pa.Table], images: Folder, output: Folder) -> list[dict[str, Any]]:
+    """Write a file for each part, on the cluster, and the list of rows that are rejected; gives these.
+
+    Raises:
+        OutputError: the output holds files of another run.
+    """
+    if others := sorted(output.list(".parquet").keys() - parts.keys()):
+        raise OutputError(f"{output} holds {others[0]}, which is not of this run; empty it or choose another")
+    write = partial(write_part, images=images, output=output)  # whole blocks: one part, one task, one file
+    reports = (
+        ray.data.from_arrow(list(parts.values()))
+        .map_batches(write, batch_size=None, batch_format="pyarrow", num_cpus=0.5)
+        .iter_rows()
+    )
+    rejected = sorted(reports, key=lambda row: row["file"])
+    lines = [{"image_id": row["image_id"], "reason": row["reason"]} for row in rejected]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    output.publish(REJECTED_PATH, text.encode())
+    return rejected
 
 
 def _checked(row: Row, where: str, sizes: dict[str, int]) -> Row:

@@ -35,7 +35,7 @@ def read_recipe(path: str) -> dict[str, str | list[str]]:
     nothing are left out. Recipes that `init` names are found beside this one.
 
     Raises:
-        ConfigError: it is no YAML, or no option: value pairs.
+        ConfigError: it is not YAML, or not a mapping of options to values.
     """
     import yaml
 
@@ -47,7 +47,7 @@ def read_recipe(path: str) -> dict[str, str | list[str]]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {one_line(error)}") from None
     if not isinstance(recipe, dict):
-        raise ConfigError(f"{path} holds no option: value pairs")
+        raise ConfigError(f"{path} is not a mapping of options to values")
     recipe = {str(key): value for key, value in recipe.items() if value not in NOTHING}
     for key, value in recipe.items():
         if not all(isinstance(each, str) for each in (value if isinstance(value, list) else [value])):

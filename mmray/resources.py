@@ -61,9 +61,9 @@ class Resources(NamedTuple):
         return sum(node.gpus for node in self.nodes.values() if node.cpus)
 
     def with_cpus(self) -> dict[str, str] | None:
-        """Select all nodes, now and later, but those without a CPU, for work that asks for none; None: all.
+        """Give the label selector that keeps work which asks for no CPU off nodes without; None if all have.
 
-        These are heads, which drivers have to themselves; Ray would run such work there first of all.
+        Such nodes are heads, which drivers have to themselves; Ray would run such work there first of all.
         """
         without = ",".join(key for key, node in self.nodes.items() if not node.cpus)
         return {"ray.io/node-id": f"!in({without})"} if without else None

@@ -31,6 +31,7 @@ from mmray.schema import KeptScores
 from mmray.storage import Folder
 
 if TYPE_CHECKING:
+    from mmray.labeler import Labeler
     from mmray.watching import Watch
 
 READ_TASK_ROWS = 1000
@@ -186,30 +187,14 @@ class ScoreShards:
             self.refusal = error
 
     def _load(self) -> Watch:
-        import torch
-
-        from mmray.isolation import IsolatedDecoder
-        from mmray.labeler import Labeler
         from mmray.tables import TableLabeler
         from mmray.watching import Watch
 
         bundle, columns, config, pool, _, hidden = self.scorer
-        torch.set_num_threads(pool.num_threads)  # Ray sets one thread for each CPU that was asked for
-        assert config.precision is not None
         # Its predecessor may have died of a row that now comes again.
         isolated = ray.get_runtime_context().was_current_actor_reconstructed
         with room_for(config.actors_per_gpu):
-            labeler = Labeler(
-                bundle,
-                batch_size=config.batch_size,
-                device=pool.device,
-                precision=config.precision,
-                flip=config.flip,
-                compiled=config.compiled,
-                num_threads=pool.num_threads,
-                decode=IsolatedDecoder() if isolated else None,
-                decode_on_gpu=config.decode == "gpu" and not isolated,
-            )
+            labeler = load_labeler(bundle, config, pool, isolated=isolated)
         return Watch(labeler, TableLabeler(labeler, columns, KeptScores.parse(config.scores), hidden))
 
     def __call__(self, packed: pa.Table) -> Iterator[pa.Table]:
@@ -233,6 +218,28 @@ class ScoreShards:
         if parcel.earlier is None:
             return label(parcel.rows)
         return retry.relabel(label, parcel.rows, parcel.earlier)
+
+
+def load_labeler(bundle: Bundle, config: LabelConfig, pool: Pool, *, isolated: bool = False) -> Labeler:
+    """Load the model as an actor of the pool has it; isolated, it decodes in processes of their own."""
+    import torch
+
+    from mmray.isolation import IsolatedDecoder
+    from mmray.labeler import Labeler
+
+    torch.set_num_threads(pool.num_threads)  # Ray sets one thread for each CPU that was asked for
+    assert config.precision is not None
+    return Labeler(
+        bundle,
+        batch_size=config.batch_size,
+        device=pool.device,
+        precision=config.precision,
+        flip=config.flip,
+        compiled=config.compiled,
+        num_threads=pool.num_threads,
+        decode=IsolatedDecoder() if isolated else None,
+        decode_on_gpu=config.decode == "gpu" and not isolated,
+    )
 
 
 @contextmanager

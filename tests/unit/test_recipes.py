@@ -39,7 +39,7 @@ def test_a_stage_has_the_types_of_the_options(recipe):
         ("image-size: 1", r"stage\.yaml: --image-size 1"),
         ("epochs: many", "many"),
         ("fusion: sum", "--fusion 'sum'"),
-        ("- a\n- b", "no option: value pairs"),
+        ("- a\n- b", "not a mapping of options to values"),
         ("a: [", "not YAML"),
     ],
 )
