@@ -158,7 +158,7 @@ class TrainConfig:
     rand_augment: float = option(0.0, "Magnitude of RandAugment, 0 to 10; 0 is off.")
     word_dropout: float = option(0.1, "Share of the captions' tokens that are masked.")
     modality_dropout: float = option(0.1, "Share of rows that lose their image; as many, a caption.")
-    word_weight: float = option(0.0, "Weight of predicting caption words from the image; 0 is off.")
+    word_weight: float = option(0.0, "Weight of telling caption words from images; 0 is off.")
     init: tuple[str, ...] = option(
         (), "Bundle or recipe of an earlier stage to take towers from; repeatable."
     )
@@ -198,11 +198,11 @@ class SelfTrainConfig:
     rounds: int = option(1, "Students in a row, each the next one's teacher.")
     select: str = option(
         "class-aware",
-        "Match how frequent each label is, or take scores above --confidence.",
+        "Match the labels' frequencies, or take sure scores.",
         choices=SELECTIONS,
     )
     keep: float = option(0.8, "Share of the expected rows that class-aware takes.")
-    confidence: float = option(0.9, "Scores from this on count as true, up to 1 minus this as false.")
+    confidence: float = option(0.9, "Scores from here on are true, up to 1 - this false.")
     targets: str = option(
         "hard", "What the student learns: 0 and 1, or the scores.", choices=("hard", "soft")
     )
@@ -246,7 +246,7 @@ class ComputeConfig:
     """Where the work runs. Labels do not depend on it; training does, on the number of workers."""
 
     num_workers: str | None = option(
-        None, "N or MIN:MAX [default: one per GPU; without GPUs one per node, to train one]."
+        None, "N or MIN:MAX [default: one per GPU; on CPUs one per node, to train 1]."
     )
     use_gpu: bool | None = option(
         None, "Use GPUs [default: if the cluster has one].", flag="--use-gpu/--no-gpu"
