@@ -158,7 +158,7 @@ class RowSource(Datasource):
                 yield pa.table(block)
 
         num_rows = unit[-1] - unit[0]
-        size = file.image_bytes * num_rows // max(1, file.num_rows)
+        size = file.image_bytes_of(unit)
         return ReadTask(
             read, BlockMetadata(num_rows=num_rows, size_bytes=size, exec_stats=None, input_files=None)
         )

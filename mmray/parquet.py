@@ -54,6 +54,10 @@ class DataFile:
         """First and end row of each shard, in order."""
         return [bounds for unit in self.units for bounds in pairwise(unit)]
 
+    def image_bytes_of(self, unit: Unit) -> int:
+        """Estimate the bytes of encoded images in a unit."""
+        return self.image_bytes * (unit[-1] - unit[0]) // max(1, self.num_rows)
+
     def to_json(self) -> str:
         """Write the file's description as JSON."""
         return json.dumps(asdict(self))

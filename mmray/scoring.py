@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import repeat
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     from mmray.watching import Watch
 
 READ_TASK_ROWS = 1000
-"""Small files are read together, up to about this many rows a task."""
+"""Small files are read together, up to about this many rows per task."""
+
+MAX_READ_TASKS = 50_000
+"""The driver and the object store of its node hold all of them from the start: beyond, tasks are larger."""
 
 BLOCK_BYTES = 8 << 20
 """Shards share a block up to this size. Ray cuts blocks between rows, and a row is a shard: none is torn."""
@@ -125,18 +128,20 @@ class ShardSource(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
     ) -> list[ReadTask]:
-        """Give a task for each unit; small ones share a task."""
+        """Give a task for each unit; small ones share a task, and in a huge job others do."""
         tasks: list[list[tuple[DataFile, Unit]]] = []
-        held = 0
+        rows_left = bytes_left = 0
         for file, units in self.work.pending:
             for unit in units:
-                num_rows = unit[-1] - unit[0]
-                if not tasks or held + num_rows > READ_TASK_ROWS or file.image_bytes > MAX_SHARD_BYTES:
+                num_rows, num_bytes = unit[-1] - unit[0], file.image_bytes_of(unit)
+                if not tasks or num_rows > rows_left or num_bytes > bytes_left:
                     tasks.append([])
-                    held = 0
+                    rows_left, bytes_left = READ_TASK_ROWS, MAX_SHARD_BYTES
                 tasks[-1].append((file, unit))
-                held += num_rows
-        return [self._task(task) for task in tasks]
+                rows_left, bytes_left = rows_left - num_rows, bytes_left - num_bytes
+        together = max(1, -(-len(tasks) // MAX_READ_TASKS))
+        groups = (tasks[first : first + together] for first in range(0, len(tasks), together))
+        return [self._task([*chain.from_iterable(group)]) for group in groups]
 
     def _task(self, units: list[tuple[DataFile, Unit]]) -> ReadTask:
         folder, columns, earlier = self.folder, self.columns, self.earlier
@@ -164,9 +169,7 @@ class ShardSource(Datasource):
                 assert file is not None, "a task has units"
                 yield Parcel(file, Shard(file.path, 0, 0), error=error).packed()
 
-        num_bytes = sum(
-            file.image_bytes * (unit[-1] - unit[0]) // max(1, file.num_rows) for file, unit in units
-        )
+        num_bytes = sum(file.image_bytes_of(unit) for file, unit in units)
         metadata = BlockMetadata(num_rows=len(units), size_bytes=num_bytes, exec_stats=None, input_files=None)
         return ReadTask(read, metadata)
 

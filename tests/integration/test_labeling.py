@@ -21,9 +21,10 @@ from mmray.errors import DataError, OutputError
 from mmray.labeler import Labeler
 from mmray.labeling import label_dataset
 from mmray.lease import Lease
-from mmray.parquet import describe_files, find_files
-from mmray.plan import Plan, Shard
+from mmray.parquet import DataFile, describe_files, find_files
+from mmray.plan import Plan, Shard, Work
 from mmray.schema import PREDICTION_COLUMNS
+from mmray.scoring import ShardSource
 from mmray.shards import Committer
 from mmray.storage import Folder
 from mmray.verify import verify_dataset
@@ -53,6 +54,27 @@ def zero(path, group, column):
     start = min(filter(None, (chunk.dictionary_page_offset, chunk.data_page_offset)))
     content[start : start + chunk.total_compressed_size] = bytes(chunk.total_compressed_size)
     path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("rows", "image_bytes", "num_files", "num_tasks"),
+    [
+        (10, 10_000, 250, 3),  # small files share a task
+        (1000, 10_000, 5, 5),
+        (500, 150_000, 6, 6),  # two of them have more bytes than a task
+        (10, 10_000, 3000, 30),
+        (1000, 10_000, 1001, 48),
+    ],
+)
+def test_files_are_read_by_no_more_tasks_than_the_driver_can_hold(
+    monkeypatch, rows, image_bytes, num_files, num_tasks
+):
+    monkeypatch.setattr("mmray.scoring.MAX_READ_TASKS", 50)
+    file = DataFile("a.parquet", 1, rows, "", rows * image_bytes, ((0, rows),))
+    work = Work([(file, file.units)] * num_files, set(), [])
+    tasks = ShardSource(Folder("here"), work, Columns()).get_read_tasks(1)
+    assert len(tasks) == num_tasks
+    assert sum(task.metadata.num_rows for task in tasks) == num_files
 
 
 def run(*options):
