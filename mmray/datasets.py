@@ -6,6 +6,7 @@ Without torch: most processes of a training run need no more than this, and torc
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from mmray.parquet import DataFile, Unit, describe_files, find_files, read_units
 from mmray.schema import Label, Status, Vocabulary
 from mmray.selection import Selection, as_lists, as_matrix
 from mmray.storage import Folder
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -236,12 +239,19 @@ def count_labels(rows: Rows) -> tuple[Vocabulary, np.ndarray]:
         except (TypeError, UnicodeDecodeError) as error:
             kind = block["labels"].type
             raise DataError(f"labels of type {kind} are no lists of integers or of text: {error}") from None
-        return pa.table({"counts": [json.dumps(list(counts.items()))]})
+        nulls = block["labels"].null_count
+        return pa.table({"counts": [json.dumps(list(counts.items()))], "nulls": [nulls]})
 
     total: Counter[Label] = Counter()
+    num_nulls = 0
     counted = rows.dataset(["labels"]).map_batches(count, batch_size=None, batch_format="pyarrow")
     for row in counted.iter_rows():
         total.update(dict(json.loads(row["counts"])))
+        num_nulls += row["nulls"]
+    if num_nulls:
+        told = "%s: the labels of %d of %d rows are null, taken as none; "
+        remedy = "rows that nobody has labeled yet are for self_train.py --unlabeled"
+        log.warning(told + remedy, rows.folder, num_nulls, rows.num_rows)
     vocabulary = Vocabulary.of(total)
     return vocabulary, np.array([total[label] for label in vocabulary.labels], np.int64)
 

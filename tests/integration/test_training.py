@@ -157,6 +157,13 @@ def test_a_try_that_was_refused_leaves_nothing_for_the_next_one(scenes, tmp_path
 
 
 @pytest.mark.usefixtures("cluster")
+def test_labels_that_are_null_are_told_of(scenes, caplog):
+    count_labels(Rows.find(scenes["train"], Columns()))
+    (told,) = caplog.messages
+    assert "labels of 1 of 101 rows are null" in told and "--unlabeled" in told
+
+
+@pytest.mark.usefixtures("cluster")
 def test_who_goes_on_from_an_epoch_sees_other_views_than_who_begins(scenes):
     rows = Rows.find(scenes["train"], Columns())
     vocabulary, positives = count_labels(rows)
