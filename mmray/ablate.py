@@ -32,6 +32,8 @@ from mmray.variants import Experiment, Variant, of_all_seeds, suited, variants_o
 from mmray.warm_start import check_stages
 
 DATA = "data.json"
+VERSION = "2"
+"""Of what is measured, and how."""
 METRICS = ("sample_f1", "map", "macro_f1", "ece")
 TITLES = {"sample_f1": "sample F1", "map": "mAP", "macro_f1": "macro F1", "ece": "ECE"}
 
@@ -97,7 +99,12 @@ def run_rounds(experiment: Experiment, places: Places, folder: Folder) -> dict[s
     teacher, student = rounds[0]["metrics"], rounds[-1]["metrics"]  # of the last student, were it worse, too
     more = student["training"]["num_rows"] / teacher["training"]["num_rows"]
     settings = experiment.train
-    longer = replace(settings, epochs=round(more * settings.epochs), patience=round(more * settings.patience))
+    longer = replace(
+        settings,
+        epochs=round(more * settings.epochs),
+        patience=round(more * settings.patience),
+        warmup_epochs=more * settings.warmup_epochs,
+    )
     control = train(replace(experiment, train=longer), places, f"{folder}/more-steps")
     return readings_of(student) | {
         "teacher": brief(teacher),
@@ -186,7 +193,10 @@ def require_same_data(output: Folder, places: Places, donors: Sequence[str], wor
     seen["columns"] = fingerprint([columns.image, columns.caption, columns.labels])
     seen["--num-workers"] = str(workers.scaling.maximum)
     seen["--use-gpu"] = str(workers.use_gpu)
+    seen["version"] = VERSION
     known = output.read_json(DATA) or {}
+    if known and known.get("version") != VERSION:
+        raise OutputError(f"{output} was measured by another version of mmray; choose another --output")
     if found := [name for name in seen if known.get(name, seen[name]) != seen[name]]:
         raise OutputError(f"{output} is an ablation of other {', '.join(found)}; choose another --output")
     output.publish_json(DATA, known | seen)

@@ -10,6 +10,7 @@ import functools
 import logging
 import signal
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,8 @@ from mmray.recipes import read_recipe
 EXIT_BAD_RESULT = 1
 EXIT_INTERRUPTED = 3
 VERBOSE = "mmray.verbose"
+ONE_NOTICE_S = 2.0
+"""Signals that come together are one."""
 
 
 def options(*kinds: type, only: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -183,7 +186,7 @@ def cluster() -> Iterator[None]:
 
     if started_here:
         # ray.init() set its own, which exits with the signal's number
-        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGTERM, _interrupting())
     if quiet:
         for name in ("ray.data", "ray.train", "ray.tune"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # an error is told at the edge, in a line
@@ -194,8 +197,13 @@ def cluster() -> Iterator[None]:
             ray.shutdown()
 
 
-def _interrupt(number: int, frame: object) -> None:
-    signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # a scheduler may tell each process of a job, twice this one
-    raise KeyboardInterrupt
+def _interrupting() -> Callable[[int, object], None]:
+    """Give a handler that ends the job; a scheduler may tell each process of a job, and so this one twice."""
+    told: list[float] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        told.append(time.monotonic())
+        if len(told) == 1 or told[-1] - told[-2] > ONE_NOTICE_S:
+            raise KeyboardInterrupt
+
+    return interrupt

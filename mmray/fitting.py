@@ -59,7 +59,8 @@ class TrainWorkers:
         if scaling.minimum < scaling.maximum and scaling.minimum <= len(sizes) and not use_gpu:
             num_cpus, task_cpus = 0.6 * min(sizes), min(1.0, 0.2 * min(sizes))
         else:
-            num_cpus, task_cpus = min(1.0, (there.cpus - 1) / scaling.maximum), 1.0
+            task_cpus = min(1.0, there.cpus / 2)
+            num_cpus = min(1.0, (there.cpus - task_cpus) / scaling.maximum)
         room = min(there.places(num_cpus), int((there.cpus - task_cpus) / num_cpus + 1e-9))
         if use_gpu:
             room = min(room, there.gpus)
@@ -111,7 +112,9 @@ def ending_by_interrupt() -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except SystemExit:
+    except SystemExit as left:
+        if left.code:
+            raise
         raise KeyboardInterrupt from None
     finally:
         if threading.current_thread() is threading.main_thread():

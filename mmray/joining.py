@@ -89,7 +89,7 @@ def _require_answer() -> bool:
             f"RAY_ADDRESS={address} is a job server: hand it this command with `ray job submit`, "
             "or unset RAY_ADDRESS to run here"
         )
-    if address in ("", "auto"):
+    if not address:
         # `ray start` writes it, and only `ray stop` takes it away: a machine that crashed has it still.
         place = str(_temporary() / "ray" / "ray_current_cluster")
         address = Path(place).read_text().strip() if Path(place).exists() else ""

@@ -167,7 +167,8 @@ class Learner:
         state = torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True)
         self.optimizer.load_state_dict(state)
         progress: dict[str, Any] = json.loads((folder / PROGRESS).read_text())
-        num_epochs = progress["num_steps"] / progress["steps_per_epoch"]
+        # Left out by an earlier mmray.
+        num_epochs = progress["num_steps"] / progress.get("steps_per_epoch", self.steps_per_epoch)
         self.num_steps = round(num_epochs * self.steps_per_epoch)
         return progress
 

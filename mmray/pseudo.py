@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from mmray.shards import MANIFEST
 from mmray.storage import Folder
 
 SELECTED = "selection.json"
+VERSION = 2
+"""Of what is selected; the first one left out rows that surely bear no label."""
 
 
 def select(
@@ -45,7 +47,7 @@ def select(
     """
     labels, target = folder / "labels", folder / "selection"
     manifest = labels.read_json(MANIFEST)
-    settings = asdict(config) | {"rounds": None, "labels": manifest["fingerprint"]}
+    settings = asdict(config) | {"rounds": None, "labels": manifest["fingerprint"], "version": VERSION}
     record = target.read_json(SELECTED)
     if record is None:
         cutoffs = _cutoffs(unlabeled, labels, shares, config)
@@ -73,7 +75,7 @@ def _cutoffs(unlabeled: Rows, labels: Folder, shares: np.ndarray, config: SelfTr
             total += histogram(scores[valid], np.zeros((valid.sum(), num_labels), bool))[0]
         return total
 
-    total = np.sum(spread(count, unlabeled.files), axis=0)
+    total = sum(spread(count, unlabeled.files), start=np.zeros((num_labels, NUM_BINS)))
     return Cutoffs.by_frequency(total, shares, config.keep)
 
 
@@ -86,22 +88,23 @@ def _select_files(
     config: SelfTrainConfig,
 ) -> Iterator[dict[str, Any]]:
     """Write the selection of each file, on the cluster; gives how much it is and, if known, how right."""
+    rows = replace(unlabeled, files=())  # what goes to every task
 
     def write(file: DataFile) -> dict[str, Any]:
         scores, valid = _scores(labels, file.path, len(vocabulary))
-        rows, targets, mask = cutoffs.select(scores, valid, soft=config.targets == "soft")
-        if len(rows):
-            write_selection(target, file.path, rows, targets, mask)
-        true = (scores[rows] >= cutoffs.positive) & mask
+        chosen, targets, mask = cutoffs.select(scores, valid, soft=config.targets == "soft")
+        if len(chosen):
+            write_selection(target, file.path, chosen, targets, mask)
+        true = (scores[chosen] >= cutoffs.positive) & mask
         found = {"num_true": true.sum(0), "num_false": (mask & ~true).sum(0)}
-        truth, known = (each[rows] for each in _truth(unlabeled, file, vocabulary))
+        truth, known = (each[chosen] for each in _truth(rows, file, vocabulary))
         for kind, taken, right in (("true", true, truth), ("false", mask & ~true, ~truth)):
             found |= {
                 f"known_{kind}": (taken & known).sum(0),
                 f"right_{kind}": (taken & known & right).sum(0),
             }
         counts = {name: count.tolist() for name, count in found.items()}
-        return {"path": file.path, "num_rows": len(rows), **counts}
+        return {"path": file.path, "num_rows": len(chosen), **counts}
 
     for found in spread(lambda files: [write(file) for file in files], unlabeled.files):
         yield from found

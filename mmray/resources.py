@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import ray
@@ -114,9 +114,16 @@ class Resources(NamedTuple):
         return sum(int(node.cpus / share + 1e-9) for node in self.nodes.values())
 
 
-def spread(work: Callable[[Sequence[Item]], Result], items: Sequence[Item]) -> list[Result]:
+def spread(work: Callable[[Sequence[Item]], Result], items: Sequence[Item]) -> Iterator[Result]:
     """Do some work on files, or what tells of them, in a few tasks; gives what each makes of its share."""
+    join_cluster()
     num_tasks = min(len(items), TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 0))))
-    # Half a CPU, not less: each task at a time is a worker to be started, which takes two seconds of a CPU.
-    task = ray.remote(num_cpus=0.5)(work)
-    return list(ray.get([task.remote(items[share::num_tasks]) for share in range(num_tasks)]))
+    held = ray.put(work)  # with all that it refers to, once
+    for task in [_do.remote(held, items[share::num_tasks]) for share in range(num_tasks)]:
+        yield ray.get(task)
+
+
+# Half a CPU, not less: each task at a time is a worker to be started, which takes two seconds of a CPU.
+@ray.remote(num_cpus=0.5)
+def _do(work: Callable[[Sequence[Item]], Result], items: Sequence[Item]) -> Result:
+    return work(items)

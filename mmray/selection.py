@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from mmray.metrics import MAX_LOGIT, NUM_BINS, Array, Mask, Scores
 from mmray.storage import Folder
 
+GROUP_ROWS = 1000
+"""In a row group of a selection: about as many as in a shard, by which it is read."""
+
 
 @dataclass(frozen=True, eq=False)
 class Cutoffs:
@@ -95,9 +98,8 @@ class Selection(NamedTuple):
 
     def read(self, path: str, first: int, end: int) -> dict[str, Any]:
         """Read what is selected of the rows `first` to `end` of a file; `row` counts from `first` on."""
-        chosen = pq.read_table(pa.BufferReader(self.folder.read(path)), partitioning=None)
-        row = chosen["row"]
-        chosen = chosen.filter(pc.and_(pc.greater_equal(row, first), pc.less(row, end)))
+        with self.folder.open(path) as source:  # of its row groups only those that hold such rows
+            chosen = pq.read_table(source, filters=[("row", ">=", first), ("row", "<", end)])
         return {
             **dict(zip(chosen.column_names, chosen.columns, strict=True)),
             "row": pc.subtract(chosen["row"], first),
@@ -110,7 +112,7 @@ def write_selection(
     """Publish what is selected of a file; see `Cutoffs.select`."""
     table = pa.table({"row": rows, "targets": as_lists(targets), "mask": as_lists(mask)})
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
+    pq.write_table(table, sink, row_group_size=GROUP_ROWS)
     folder.publish(path, sink.getvalue().to_pybytes())
 
 

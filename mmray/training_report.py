@@ -163,10 +163,11 @@ def by_threshold(validation: Validation, scores: np.ndarray, metrics: dict[str, 
     counts = validation.counts(scores, np.full(scores.shape[1], 0.5))
     f1 = counts.sum_f1_by_threshold / np.maximum(counts.num_rows, 1)
     chart = Chart("One threshold for all labels", [Series(THRESHOLDS, f1)], "threshold", "sample F1")
-    columns = ("decision", "sample F1", "micro F1", "macro F1", "fallback rate")
-    keys = ("sample_f1", "micro_f1", "macro_f1", "fallback_rate")
+    columns = ("decision", "sample F1", "micro F1", "macro F1", "fallback rate", "ECE")
+    keys = ("sample_f1", "micro_f1", "macro_f1", "fallback_rate", "ece")
     rows = [[name, *(f"{found[key]:.4f}" for key in keys)] for name, found in metrics["by_decision"].items()]
-    return Section("Decision rules", tables=[Table(columns, rows)], charts=[chart])
+    words = "The table: rows that calibration and thresholds were not fitted to. The chart: all of them."
+    return Section("Decision rules", words, tables=[Table(columns, rows)], charts=[chart])
 
 
 def per_label_charts(

@@ -18,6 +18,8 @@ from mmray.schema import Vocabulary
 
 MAX_ROWS_KEPT, MAX_BYTES_KEPT = 200_000, 512 << 20
 """Of validation rows, for calibration and thresholds: more would not change them."""
+MAX_ROWS_HELD_OUT = 20_000
+"""Of these, to measure what was fitted to others: five fits more."""
 VALIDATION = "validation.safetensors"
 BRIEF = ("sample_f1", "micro_f1", "macro_f1", "fallback_rate", "ece")
 """What is told of each rule to decide."""
@@ -123,7 +125,7 @@ class Validation(NamedTuple):
         return Settled(calibration, thresholds, metrics)
 
     def rows(self, chosen: np.ndarray) -> Validation:
-        """Give those rows that are chosen, bool (B,)."""
+        """Give those rows that are chosen: bool (B,), or their numbers."""
         return Validation(*(each[chosen] for each in self))
 
     def held_out(self) -> dict[str, Counts]:
@@ -133,10 +135,12 @@ class Validation(NamedTuple):
             `0.5`, `single` and `per-label` thresholds for calibrated scores, and `uncalibrated`: thresholds
             for each label, tuned to scores as the model gives them.
         """
-        num_labels, folds = self.logits.shape[1], np.arange(len(self.logits)) % NUM_FOLDS
+        order = np.lexsort(self.logits.T)  # whatever order the rows came in, the folds are the same
+        drawn = self.rows(order[:: -(-len(order) // MAX_ROWS_HELD_OUT) or 1])
+        num_labels, folds = drawn.logits.shape[1], np.arange(len(drawn.logits)) % NUM_FOLDS
         found = dict.fromkeys(("0.5", "single", "per-label", "uncalibrated"), Counts.zero(num_labels))
         for fold in range(NUM_FOLDS):
-            fitted, rest = self.rows(folds != fold), self.rows(folds == fold)
+            fitted, rest = drawn.rows(folds != fold), drawn.rows(folds == fold)
             calibration = Calibration.fit(fitted.logits[fitted.valid], fitted.targets[fitted.valid])
             scores, half = fitted.scores(calibration), np.full(num_labels, 0.5)
             single = np.full(num_labels, fitted.counts(scores, half).best_threshold())

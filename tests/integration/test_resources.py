@@ -14,6 +14,7 @@ from mmray.pool import Pool
 from mmray.resources import Node, Resources
 from mmray.scoring import room_for
 
+SMALLEST = Resources({"one": Node(1)})
 LAPTOP = Resources({"one": Node(2)})
 ONE_LARGE = Resources({"one": Node(64)})
 MIXED = Resources({"head": Node(0), "large": Node(16), "small": Node(4), "other": Node(4)})
@@ -124,6 +125,7 @@ def test_without_gpus_none_decodes(monkeypatch):
     ("there", "num_workers", "asked_for", "of_a_task", "groups"),
     [
         (LAPTOP, None, 1, 1, 1),
+        (SMALLEST, None, 0.5, 0.5, 1),
         (LAPTOP, "2", 0.5, 1, 1),  # a CPU is left for decoding
         (LAPTOP, "1:2", 1.2, 0.4, 1),  # no second one fits beside it, and decoding does
         (ONE_LARGE, "1:8", 38.4, 1, 1),

@@ -225,6 +225,13 @@ def test_no_line_at_the_edge_holds_a_secret(kind, monkeypatch):
     assert "GET" in result.stderr and "abcdef" not in result.output and "swordfish" not in result.output
 
 
+@pytest.fixture
+def outside(monkeypatch):
+    """Be a process that has joined no cluster, whatever ran before."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+
+
+@pytest.mark.usefixtures("outside")
 def test_the_address_of_a_job_server_is_no_place_to_run(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     with pytest.raises(ConfigError, match=r"RAY_ADDRESS=http://head:8265 .*ray job submit"), cluster():
@@ -239,6 +246,7 @@ def deserted():
         yield f"127.0.0.1:{taken.getsockname()[1]}"
 
 
+@pytest.mark.usefixtures("outside")
 def test_a_cluster_that_is_gone_is_not_waited_for(deserted, monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_ADDRESS", deserted)
     with (
