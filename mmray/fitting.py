@@ -108,13 +108,11 @@ def fit(
 
 @contextmanager
 def ending_by_interrupt() -> Iterator[None]:
-    """Have Ctrl-C end training as it ends all else: Ray Train leaves with 0 by it, and keeps its handler."""
+    """Have Ctrl-C end training as it ends all else: Ray Train leaves by SystemExit, and keeps its handler."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except SystemExit as left:
-        if left.code:
-            raise
+    except SystemExit:  # with 0 or 1, whatever Ray meant
         raise KeyboardInterrupt from None
     finally:
         if threading.current_thread() is threading.main_thread():

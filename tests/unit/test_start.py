@@ -13,7 +13,8 @@ from mmray.storage import Folder
 
 def recipe(**changes):
     train = asdict(TrainConfig(**changes)) | {"init": {}}
-    return json.loads(json.dumps({"data": "a", "val": "b", "model": asdict(ModelConfig()), "train": train}))
+    settings = {"columns": {"image": "image"}, "model": asdict(ModelConfig()), "train": train}
+    return json.loads(json.dumps({"data": "a", "val": "b"} | settings))
 
 
 @pytest.fixture
@@ -44,6 +45,7 @@ def test_another_recipe_is_named_by_what_differs(output):
 def test_an_option_that_came_later_was_off_in_runs_begun_before(output):
     known = recipe()
     del known["train"]["freeze"], known["train"]["word_weight"]
+    known["columns"]["id"] = "image_id"  # an option that is none of training's any more
     output.publish_json(RECIPE, known)
     assert not is_finished(output, recipe())
     with pytest.raises(OutputError, match=r"train\.freeze: \[\] -> \['image'\]"):
