@@ -58,7 +58,7 @@ def heard(show: bool, epochs: int) -> Iterator[Queue | None]:
                 progress.total = item["steps_per_epoch"] * epochs
                 progress.update(item["step"], epoch=f"{-(-item['step'] // item['steps_per_epoch'])}/{epochs}")
 
-    with Progress("train", 1, "steps") as progress:
+    with Progress("train", None, "steps") as progress:
         thread = Thread(target=listen, args=(progress,), name="news", daemon=True)
         thread.start()
         try:

@@ -26,8 +26,8 @@ class Progress:
             progress.update(640, failed=2)
     """
 
-    def __init__(self, title: str, total: int, unit: str, console: Console | None = None) -> None:
-        """Say what is counted, and up to where."""
+    def __init__(self, title: str, total: int | None, unit: str, console: Console | None = None) -> None:
+        """Say what is counted, and up to where; None until `total` is set."""
         self.title, self.total, self.unit = title, total, unit
         self.console = console or Console(stderr=True)
         self.done = 0
@@ -92,12 +92,12 @@ class Progress:
         """Say what is known beside the numbers: the facts, how fast it goes, and when it will be done."""
         words = [f"{name} {value}" for name, value in self._facts.items()]
         rate = (self.done - (self._first or 0)) / max(time.monotonic() - self._started, 1e-3)
-        if rate:
+        if rate and self.total is not None:
             left = timedelta(seconds=round((self.total - self.done) / rate))
             words += [f"{rate:,.{0 if rate >= 10 else 1}f} {self.unit}/s", f"{left} left"]
         return ", ".join(words)
 
     def _log(self) -> None:
         self._logged, self._told = time.monotonic(), self.done
-        words = [f"{self.title}: {self.done:,} of {self.total:,} {self.unit}", self._words()]
-        self.print(", ".join(filter(None, words)))
+        count = "starting" if self.total is None else f"{self.done:,} of {self.total:,} {self.unit}"
+        self.print(", ".join(filter(None, [f"{self.title}: {count}", self._words()])))

@@ -29,15 +29,16 @@ def test_a_log_has_a_line_every_half_minute_with_rate_and_rest(clock):
     ]
 
 
-def test_a_job_that_waits_says_so(monkeypatch):
+@pytest.mark.parametrize(("total", "line"), [(10_000, "0 of 10,000 rows"), (None, "starting")])
+def test_a_job_that_waits_says_so(monkeypatch, total, line):
     monkeypatch.setattr(module, "LOG_INTERVAL_S", 0.05)
     monkeypatch.setattr(module, "BEAT_S", 0.01)
     text, deadline = io.StringIO(), time.monotonic() + 30
-    with Progress("label", 10_000, "rows", Console(file=text, width=200)):
+    with Progress("label", total, "rows", Console(file=text, width=200)):
         while len(text.getvalue().splitlines()) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
     lines = text.getvalue().splitlines()
-    assert len(lines) >= 3 and set(lines) == {"label: 0 of 10,000 rows"}
+    assert len(lines) >= 3 and set(lines) == {f"label: {line}"}
 
 
 def test_a_terminal_tells_the_rest_also_when_rows_come_seldom(clock):
