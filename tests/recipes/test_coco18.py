@@ -67,7 +67,18 @@ def test_labels_are_right_and_the_ways_to_measure_them_agree(coco18, bundle, tmp
         "fallback_rate",
     ):
         assert of_output[name] == pytest.approx(of_bundle[name], abs=1e-6), name
-    assert of_output["sample_f1"] >= 0.86
+    # Somewhat less than what RESULTS.md tells of.
+    for name, least in {"sample_f1": 0.865, "map": 0.77, "macro_f1": 0.74}.items():
+        assert of_output[name] >= least, name
+
+
+def test_each_modality_is_worth_what_is_told_of_it(coco18, bundle, tmp_path):
+    val = ("--data", coco18 / "val", "--model", bundle)
+    images = measure(*val, "--hide", "caption", to=tmp_path / "images.json")
+    captions = measure(*val, "--hide", "image", to=tmp_path / "captions.json")
+    both = measure(*val, to=tmp_path / "both.json")
+    assert images["map"] >= 0.4
+    assert both["map"] - captions["map"] >= 0.02 and both["sample_f1"] - captions["sample_f1"] >= 0.01
 
 
 def test_unlabeled_rows_are_labeled_and_verified(coco18, bundle, tmp_path):
@@ -84,4 +95,4 @@ def test_the_image_tower_counts(coco18, bundle, tmp_path):
     own = measure("--data", coco18 / "val", "--model", bundle, to=tmp_path / "own.json")
     others = measure("--data", tmp_path / "mixed", "--model", bundle, to=tmp_path / "others.json")
     print(f"mAP {own['map']:.4f} with each row's own image, {others['map']:.4f} with another's")
-    assert others["map"] < own["map"]
+    assert others["map"] < own["map"] - 0.02
