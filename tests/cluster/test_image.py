@@ -1,11 +1,13 @@
 """The image's Dockerfile, as far as it goes without a container engine: linted, its steps run in a folder."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,26 @@ def test_the_packages_are_the_projects_and_their_versions_the_locks(image):
     locked = set(re.findall(r"^([\w-]+)(?:\[.+\])?==", (image / "requirements.lock").read_text(), re.M))
     names = {re.match(r"[\w-]+", line)[0].lower() for line in named}
     assert names <= locked
+
+
+def test_its_packages_can_be_installed_together_into_a_clean_place(image, tmp_path):
+    """Asks the package index, as the image's step does; downloads no package."""
+    (step,) = (step for step in steps("RUN") if "requirements.lock" in step)
+    code, install = re.search(
+        r'^python -c "(.+?)" +> /tmp/direct.txt +&& (pip install .+?) +&& rm', step
+    ).groups()
+    (tmp_path / "direct.txt").write_text(run(sys.executable, "-c", code, cwd=image))
+    words = install.replace("/tmp/direct.txt", str(tmp_path / "direct.txt")).split()
+    apart = ("--dry-run", "--ignore-installed", "--quiet", "--report", tmp_path / "report.json")
+    run(sys.executable, "-m", *words, *apart, cwd=image)
+    found = json.loads((tmp_path / "report.json").read_text())["install"]
+    versions = {each["metadata"]["name"].lower(): each["metadata"]["version"] for each in found}
+    lines = re.findall(r"^([\w-]+)(?:\[.+\])?==([^\s;]+)", (image / "requirements.lock").read_text(), re.M)
+    locked = defaultdict(set)  # some packages have a version for each Python
+    for name, version in lines:
+        locked[name].add(version)
+    assert {"ray", "torch", "timm", "boto3"} <= versions.keys()
+    assert [name for name in versions.keys() & locked if versions[name] not in locked[name]] == []
 
 
 def test_it_has_what_others_call_in_it():
