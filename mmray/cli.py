@@ -26,7 +26,7 @@ EXIT_BAD_RESULT = 1
 EXIT_INTERRUPTED = 3
 VERBOSE = "mmray.verbose"
 ONE_NOTICE_S = 2.0
-"""Signals that come together are one."""
+"""Schedulers may tell a job and all that stands around it, which tells the job again: one notice, not two."""
 
 
 def options(*kinds: type, only: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

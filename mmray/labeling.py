@@ -18,6 +18,7 @@ import ray.data
 
 from mmray import errors
 from mmray.bundle import Bundle
+from mmray.cli import ONE_NOTICE_S
 from mmray.committing import Tally, commit_shards, describe
 from mmray.config import Columns, ComputeConfig, LabelConfig
 from mmray.errors import StorageError
@@ -37,9 +38,6 @@ log = logging.getLogger(__name__)
 
 GRACE_S = 10.0
 """Time for commits that are under way when the job is told to end."""
-
-ONE_NOTICE_S = 2.0
-"""Schedulers may tell a job and all that stands around it, which tells the job again: one notice, not two."""
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,13 @@ def by_threshold(validation: Validation, scores: np.ndarray, metrics: dict[str, 
     chart = Chart("One threshold for all labels", [Series(THRESHOLDS, f1)], "threshold", "sample F1")
     columns = ("decision", "sample F1", "micro F1", "macro F1", "fallback rate", "ECE")
     keys = ("sample_f1", "micro_f1", "macro_f1", "fallback_rate", "ece")
-    rows = [[name, *(f"{found[key]:.4f}" for key in keys)] for name, found in metrics["by_decision"].items()]
+    rows = [
+        [
+            name,
+            *(f"{found[key]:.4f}" if key in found else "-" for key in keys),
+        ]  # a bundle of before has no ECE
+        for name, found in metrics["by_decision"].items()
+    ]
     words = "The table: rows that calibration and thresholds were not fitted to. The chart: all of them."
     return Section("Decision rules", words, tables=[Table(columns, rows)], charts=[chart])
 
