@@ -61,7 +61,7 @@ FLOORS = [
             "card",
             "cli",
         ),
-        *("charts", "page", "picking", "survey", "label_studio", "onnx_export", "events"),
+        *("charts", "page", "picking", "survey", "label_studio", "onnx_export", "events", "layouts"),
     ],
     # 2: on Ray Data and Ray Train
     [

@@ -15,16 +15,8 @@ from PIL import Image
 
 from mmray import prepare
 from mmray.errors import ConfigError, DataError, OutputError
-from mmray.prepare import (
-    Row,
-    coco_rows,
-    csv_rows,
-    cut,
-    kaggle_rows,
-    prepare_folder,
-    prepare_kaggle,
-    write_part,
-)
+from mmray.layouts import Row, coco_rows, csv_rows, kaggle_rows
+from mmray.prepare import cut, prepare_folder, prepare_kaggle, write_part
 from mmray.storage import Folder
 
 light = settings(deadline=None, max_examples=200)
