@@ -17,27 +17,30 @@ NOTICE_S = 30
 """What a spot machine leaves between its notice and its end, and then some."""
 
 
-def terminate(run):
-    """Send SIGTERM; give the exit status and how long it took."""
+def end(run, how):
+    """Send a signal; give the exit status and how long it took."""
     started = time.monotonic()
-    run.process.send_signal(signal.SIGTERM)
+    run.process.send_signal(how)
     return run.wait(), time.monotonic() - started
 
 
 @pytest.mark.parametrize(
-    "under",
+    ("how", "under"),
     [
-        (),
+        pytest.param(signal.SIGTERM, (), id="SIGTERM"),
+        pytest.param(signal.SIGINT, (), id="Ctrl-C"),
         # As in what a script starts with `&`.
-        pytest.param(("env", "--ignore-signal=INT"), marks=pytest.mark.faults, id="in the background"),
+        pytest.param(
+            signal.SIGTERM, ("env", "--ignore-signal=INT"), marks=pytest.mark.faults, id="in the background"
+        ),
     ],
 )
-def test_sigterm_ends_a_job_in_time_and_the_same_command_resumes(make_job, reference, under):
+def test_a_signal_ends_a_job_in_time_and_the_same_command_resumes(make_job, reference, how, under):
     """One shard is never committed, so that the job cannot come to its end in the time that it has left."""
     job = make_job(under=under)
     run = job.start("pause before publish _mmray/pieces/a.parquet/1-1001.parquet")
     run.reached()
-    status, seconds = terminate(run)
+    status, seconds = end(run, how)
     assert status == 3, run.told()
     assert seconds < NOTICE_S
     errors = (run.folder / "stderr").read_text()
