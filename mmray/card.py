@@ -53,7 +53,10 @@ def model_card(model: ModelConfig, metrics: dict[str, Any]) -> str:
 
 
 def _members(model: ModelConfig) -> str:
-    return f"; {model.members} caption towers, whose logits are averaged" if model.members > 1 else ""
+    if model.members == 1 and not model.ngrams:
+        return ""
+    towers = "a caption tower" if model.members == 1 else f"{model.members} caption towers"
+    return f"; the mean logits of {towers}{' and a linear model of n-grams' if model.ngrams else ''}"
 
 
 def _origin(donors: dict[str, str]) -> str:

@@ -52,8 +52,8 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Callable[[Callable[...,
     if kind is bool:
         settings |= {} if "/" in flag else {"is_flag": True}
     else:
-        repeatable = typing.get_origin(hint) is tuple
-        settings |= {"type": kind, "multiple": repeatable, "show_default": field.default not in (None, ())}
+        settings |= {"type": kind, "multiple": typing.get_origin(hint) is tuple}
+        settings["show_default"] = field.default not in (None, ()) and "[default" not in settings["help"]
     return click.option(flag, field.name, **settings)
 
 

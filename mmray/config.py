@@ -103,6 +103,11 @@ class ModelConfig:
     num_heads: int = option(4, "Attention heads of the fusion.")
     dropout: float = option(0.1, "Dropout in the fusion.")
     members: int = option(1, "Caption towers that learn apart; logits are averaged.")
+    ngrams: bool = option(
+        False,
+        "A linear model of the caption's words and pairs as a further member.",
+        flag="--ngrams/--no-ngrams",
+    )
     pretrained: bool = option(
         True,
         "Start from published weights; without, nothing touches the network.",
@@ -121,6 +126,8 @@ class ModelConfig:
         require_range("--members", self.members, 1, 100)
         if self.members > 1 and "caption" not in self.towers:
             raise ConfigError("--members counts caption towers, and --fusion image has none")
+        if self.ngrams and "caption" not in self.towers:
+            raise ConfigError("--ngrams reads captions, and --fusion image reads none; use --no-ngrams")
 
     @property
     def towers(self) -> tuple[str, ...]:
@@ -129,10 +136,8 @@ class ModelConfig:
 
     def record(self) -> dict[str, Any]:
         """Give it as JSON, without options that came later and are off: its sum is as before they came."""
-        record = asdict(self)
-        if self.members == 1:
-            del record["members"]
-        return record
+        off = {"members": 1, "ngrams": False}
+        return {name: value for name, value in asdict(self).items() if off.get(name) != value}
 
 
 def towers_of(fusion: str) -> tuple[str, ...]:
@@ -198,7 +203,7 @@ class SelfTrainConfig:
     rounds: int = option(1, "Students in a row, each the next one's teacher.")
     select: str = option(
         "class-aware",
-        "Match the labels' frequencies, or take sure scores.",
+        "Match labels' frequencies, or take sure scores.",
         choices=SELECTIONS,
     )
     keep: float = option(0.8, "Share of the expected rows that class-aware takes.")
@@ -222,7 +227,7 @@ class AblationConfig:
 
     axes: tuple[str, ...] = option(
         ("fusion", "loss", "decision", "calibration", "ema", "modality-dropout"),
-        f"What is varied, of {', '.join(AXES)}; repeatable.",
+        f"Varied, of {', '.join(AXES)}, repeatable [default: all but the last two].",
         flag="--axis",
     )
     seeds: int = option(3, "Trainings of each variant, with this many seeds in a row.")

@@ -258,10 +258,27 @@ def count_labels(rows: Rows) -> tuple[Vocabulary, np.ndarray]:
 
 def sample_captions(parts: Sequence[Rows], limit: int) -> list[str]:
     """Give the captions of the first `limit` rows that have one."""
-    captions: list[str] = []
-    source = RowSource(tuple(parts), ("caption",), None)
+    return [caption for captions, _ in _captioned(parts, ("caption",), limit) for caption in captions]
+
+
+def sample_labeled(rows: Rows, vocabulary: Vocabulary, limit: int) -> tuple[list[str], np.ndarray]:
+    """Give the captions, and targets uint8 (B, L), of the first `limit` rows that have a caption."""
+    captions, targets = list[str](), [np.zeros((0, len(vocabulary)), np.uint8)]
+    for texts, batch in _captioned([rows], ("caption", "labels"), limit):
+        captions += texts
+        targets.append(vocabulary.encode(batch["labels"]))
+    return captions, np.concatenate(targets)
+
+
+def _captioned(
+    parts: Sequence[Rows], columns: tuple[str, ...], limit: int
+) -> Iterator[tuple[list[str], pa.Table]]:
+    """Stream the first `limit` rows that have a caption: captions as text, and the rows."""
+    source = RowSource(tuple(parts), columns, None)
     for batch in ray.data.read_datasource(source).iter_batches(batch_size=None, batch_format="pyarrow"):
-        captions += [caption for caption in text_values(batch["caption"]) if caption]
-        if len(captions) >= limit:
+        texts = {row: text for row, text in enumerate(text_values(batch["caption"])) if text}
+        rows = [*texts][:limit]
+        yield [texts[row] for row in rows], batch.take(pa.array(rows, pa.int64()))
+        limit -= len(rows)
+        if not limit:
             break
-    return captions[:limit]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmray.config import ModelConfig
+from mmray.ngrams import NGrams
 from mmray.towers import CaptionTower, CaptionTowers, ImageTower, create_caption_tower
 
 
@@ -161,22 +162,29 @@ class Members(nn.Module):
     the heads and dropout tell them apart.
     """
 
-    def __init__(self, heads: Iterable[nn.Module]) -> None:
-        """Take the heads, of M members."""
+    def __init__(self, heads: Iterable[nn.Module], ngrams: NGrams | None) -> None:
+        """Take the heads, of M members, and who speaks for captions beside them."""
         super().__init__()
-        self.heads = nn.ModuleList(heads)
+        self.heads, self.ngrams = nn.ModuleList(heads), ngrams
 
     def forward(self, image: Tensor | None, caption: Tensor, inputs: Inputs) -> Tensor:
         """Fuse image tokens (B, N, C) and caption tokens (B, T, M * D).
 
         Returns:
-            logits: (B, L), the members' mean; in training (M, B, L), so that each has a loss of its own.
+            logits: (B, L), the mean of members and, for rows with a caption, n-grams; in training (M, B, L),
+                so that each member has a loss of its own.
         """
         captions = caption.chunk(len(self.heads), 2)
         logits = torch.stack(
             [fused(head, image, own, inputs) for head, own in zip(self.heads, captions, strict=True)]
         )
-        return logits if self.training else logits.mean(0)
+        if self.training:
+            return logits
+        if self.ngrams is None:
+            return logits.mean(0)
+        counted = self.ngrams(inputs.input_ids, inputs.attention_mask)
+        together = (logits.sum(0) + counted) / (len(logits) + 1)
+        return torch.where(inputs.has_caption[:, None], together, logits.mean(0))
 
 
 class MultimodalModel(nn.Module):
@@ -254,9 +262,9 @@ def build_model(
     as_described = bare if "caption" in donated else config
     captions = [create_caption_tower(as_described, text_config) for _ in range(config.members)]
     heads = [_head(config, image, caption, num_labels) for caption in captions]
-    if config.members == 1:
-        return MultimodalModel(image, *captions, *heads)
-    return MultimodalModel(image, CaptionTowers(captions), Members(heads))
+    ngrams = NGrams(text_config["vocab_size"], num_labels) if config.ngrams else None
+    head = Members(heads, ngrams) if ngrams or config.members > 1 else heads[0]
+    return MultimodalModel(image, captions[0] if config.members == 1 else CaptionTowers(captions), head)
 
 
 def _head(config: ModelConfig, image: ImageTower | None, caption: CaptionTower, num_labels: int) -> nn.Module:

@@ -3,6 +3,7 @@
 OUTPUT/_train/recipe.json   what is trained on what: another recipe is refused
 OUTPUT/_train/start.json    vocabulary, label counts, caption tower
 OUTPUT/_train/tokenizer/
+OUTPUT/_train/ngrams.safetensors  the linear model of n-grams, where the recipe has one
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import ray
+import safetensors.torch
 import torch
 
 from mmray.bundle import Bundle, tokenizer_files, tokenizer_of
-from mmray.captions import load_tokenizer, train_tokenizer
+from mmray.captions import load_tokenizer, tokenize, train_tokenizer
 from mmray.config import ModelConfig, TrainConfig
-from mmray.datasets import Rows, count_labels, sample_captions
+from mmray.datasets import Rows, count_labels, sample_captions, sample_labeled
 from mmray.errors import DataError, OutputError
 from mmray.fingerprints import differences, fingerprint
 from mmray.model import MultimodalModel, build_model
+from mmray.ngrams import fit_ngrams
 from mmray.schema import Vocabulary
 from mmray.storage import Folder
 from mmray.towers import describe_encoder
@@ -30,8 +34,10 @@ from mmray.words import word_rates
 
 CAPTIONS_FOR_TOKENIZER = 1_000_000
 CAPTIONS_FOR_WORDS = 100_000
+CAPTIONS_FOR_NGRAMS = 100_000
 RUN = "_train"
 RECIPE, START = f"{RUN}/recipe.json", f"{RUN}/start.json"
+NGRAMS = f"{RUN}/ngrams.safetensors"
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class Start:
     """Parts of the model that earlier bundles give."""
     word_rates: np.ndarray | None = None
     """float64 (V,), share of captions that contain each word; None where the recipe does not ask for it."""
+    ngrams: bytes | None = None
+    """What `fit_ngrams` gave; None where the recipe does not ask for it, or a donor's head has it."""
 
     def build(self, config: ModelConfig) -> MultimodalModel:
         """Build the model, with what donors give.
@@ -59,6 +67,8 @@ class Start:
         """
         model = build_model(config, len(self.vocabulary), self.text_config, self.donors)
         model.expect(torch.tensor(self.positives / self.num_labeled, dtype=torch.float32))
+        if self.ngrams is not None:
+            model.get_submodule("head.ngrams").load_state_dict(safetensors.torch.load(self.ngrams))
         take_over(model, self.donors)
         return model
 
@@ -132,6 +142,8 @@ def prepare_start(
     rates = start.word_rates
     for name, data in start.tokenizer_files.items():
         output.publish(f"{RUN}/tokenizer/{name}", data)
+    if start.ngrams is not None:
+        output.publish(NGRAMS, start.ngrams)
     record = {
         "labels": list(start.vocabulary.labels),
         "num_labeled": start.num_labeled,
@@ -139,6 +151,7 @@ def prepare_start(
         "text_config": start.text_config,
         "tokenizer": sorted(start.tokenizer_files),
         "word_rates": None if rates is None else rates.tolist(),
+        "ngrams": start.ngrams is not None,
     }
     output.publish_json(START, record)
     return start
@@ -155,6 +168,7 @@ def _published(output: Folder, donors: dict[str, Bundle]) -> Start:
         tokenizer_files={name: output.read(f"{RUN}/tokenizer/{name}") for name in record["tokenizer"]},
         donors=without_other_labels(donors, vocabulary),
         word_rates=None if rates is None else np.array(rates),
+        ngrams=output.read(NGRAMS) if record.get("ngrams") else None,  # left out by an earlier mmray
     )
 
 
@@ -177,5 +191,20 @@ def _made(
     if tells_words:
         captions = sample_captions(parts, CAPTIONS_FOR_WORDS)
         rates = word_rates(tokenizer_of(files), captions, text_config["vocab_size"], model.max_tokens)
-    taken = without_other_labels(donors, vocabulary)
-    return Start(vocabulary, parts[0].num_rows, positives, text_config, files, taken, rates)
+    taken, ngrams = without_other_labels(donors, vocabulary), None
+    if model.ngrams and "head" not in taken:
+        captions, targets = sample_labeled(parts[0], vocabulary, CAPTIONS_FOR_NGRAMS)
+        if not captions:
+            raise DataError(f"{parts[0].folder}: no row has a caption to count; use --no-ngrams")
+        settings = (text_config["vocab_size"], model.max_tokens)
+        ngrams = ray.get(count_ngrams.remote(files, captions, targets, *settings))
+    return Start(vocabulary, parts[0].num_rows, positives, text_config, files, taken, rates, ngrams)
+
+
+@ray.remote(num_cpus=0.5)
+def count_ngrams(
+    files: dict[str, bytes], captions: list[str], targets: np.ndarray, num_tokens: int, max_tokens: int
+) -> bytes:
+    """Fit n-grams where workers will be, since a head computes nothing."""
+    ids, mask = map(torch.from_numpy, tokenize(tokenizer_of(files), captions, max_tokens))
+    return fit_ngrams(ids, mask, torch.from_numpy(targets).float(), num_tokens)

@@ -50,9 +50,10 @@ def variants_of(base: Experiment, config: AblationConfig) -> Iterator[Variant]:
     model, train = base.model, base.train
     if "fusion" in config.axes:
         for fusion in FUSIONS:
-            members = model.members if "caption" in towers_of(fusion) else 1
-            changed = replace(base, model=replace(model, fusion=fusion, members=members))
-            yield Variant("fusion", fusion, changed)
+            reads = "caption" in towers_of(fusion)
+            members, ngrams = (model.members, model.ngrams) if reads else (1, False)
+            fused = replace(model, fusion=fusion, members=members, ngrams=ngrams)
+            yield Variant("fusion", fusion, replace(base, model=fused))
     if "loss" in config.axes:
         for loss in LOSSES:
             yield Variant("loss", loss, replace(base, train=replace(train, loss=loss)))

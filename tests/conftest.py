@@ -91,14 +91,12 @@ def s3_socket() -> socket.socket:
 
 @pytest.fixture(scope="session")
 def make_bundle(draw_rows: Callable[..., pa.Table]) -> Callable[..., str]:
-    """Give `make(folder, labels=…, fusion=…, members=…) -> its path`: a tiny bundle that was never trained.
+    """Give `make(folder, labels=…, **settings) -> its path`: a tiny bundle that was never trained.
 
     Its thresholds are such that each label is decided for some rows, and none for some others.
     """
 
-    def make(
-        folder: Path, labels: tuple[Any, ...] = LABELS, fusion: str = "cross-attention", members: int = 1
-    ) -> str:
+    def make(folder: Path, labels: tuple[Any, ...] = LABELS, **settings: Any) -> str:
         import torch
 
         from mmray.bundle import save_bundle, tokenizer_files
@@ -114,13 +112,12 @@ def make_bundle(draw_rows: Callable[..., pa.Table]) -> Callable[..., str]:
         config = ModelConfig(
             vision="test_efficientnet",
             text="bert_uncased_L-1_H-32_A-2",
-            fusion=fusion,
-            members=members,
             image_size=32,
             max_tokens=16,
             width=32,
             num_heads=2,
             pretrained=False,
+            **settings,
         )
         tokenizer = train_tokenizer(["a drawing from the beach, the city, the forest", "seen today"] * 2)
         text_config = describe_encoder(config, len(tokenizer))

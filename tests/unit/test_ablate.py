@@ -45,10 +45,12 @@ def test_what_a_model_of_one_tower_cannot_be_asked_is_left_out():
 
 
 def test_a_model_of_images_alone_has_no_members_beside_those_that_do():
-    base = replace(BASE, model=replace(BASE.model, members=3))
+    base = replace(BASE, model=replace(BASE.model, members=3, ngrams=True))
     variants = variants_of(base, AblationConfig(axes=("fusion",)))
-    members = {variant.value: variant.experiment.model.members for variant in variants}
-    assert members == {"image": 1} | dict.fromkeys(("text", "logits", "concat", "cross-attention"), 3)
+    models = {variant.value: variant.experiment.model for variant in variants}
+    members = {fusion: (model.members, model.ngrams) for fusion, model in models.items()}
+    others = ("text", "logits", "concat", "cross-attention")
+    assert members == {"image": (1, False)} | dict.fromkeys(others, (3, True))
 
 
 def test_experiments_that_are_equal_share_a_run_and_seeds_do_not():

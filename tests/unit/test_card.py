@@ -51,7 +51,9 @@ def test_it_tells_what_a_user_must_know():
         "jobs/label.py --input DATA",
     ):
         assert words in card
-    assert "; 3 caption towers" in model_card(ModelConfig(pretrained=False, members=3), metrics)
+    assert "; the mean logits of 3 caption towers." in model_card(ModelConfig(members=3), metrics)
+    counted = model_card(ModelConfig(ngrams=True), metrics)
+    assert "; the mean logits of a caption tower and a linear model of n-grams." in counted
 
 
 def test_a_model_of_one_modality_has_one_line():

@@ -41,6 +41,7 @@ FLOORS = [
             "decoding",
             "decoded",
             "towers",
+            "ngrams",
             "model",
             "words",
             "losses",

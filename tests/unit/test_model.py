@@ -8,7 +8,7 @@ from huggingface_hub import constants
 
 from mmray.config import FUSIONS, ModelConfig
 from mmray.errors import ConfigError
-from mmray.model import Inputs, MultimodalModel, build_model, masked_mean
+from mmray.model import Inputs, Members, MultimodalModel, build_model, masked_mean
 from mmray.towers import describe_encoder
 
 NUM_LABELS = 5
@@ -160,6 +160,24 @@ def test_each_member_is_a_model_of_its_own(fusion):
         for name, mine in zip(("both", "alone"), model.readings(inputs), strict=True):
             theirs = [dict(zip(("both", "alone"), one.readings(inputs), strict=True))[name] for one in alone]
             assert torch.allclose(mine, (theirs[0] + theirs[1]) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("fusion", ["text", "logits", "cross-attention"])
+@pytest.mark.parametrize("members", [1, 2])
+def test_ngrams_are_a_member_where_there_is_a_caption_and_learn_by_no_step(fusion, members):
+    model, inputs = built(fusion=fusion, members=members, ngrams=True), batch()
+    with torch.no_grad():
+        model.head.ngrams.weights.normal_()
+    without = MultimodalModel(model.image, model.caption, Members(model.head.heads, None)).eval()
+    counted = model.head.ngrams(inputs.input_ids, inputs.attention_mask)
+    alone, read = without(inputs), inputs.has_caption[:, None]
+    expected = torch.where(read, (members * alone + counted) / (members + 1), alone)
+    assert torch.allclose(model(inputs), expected, atol=1e-6)
+    model.train()(inputs).sum().backward()
+    assert model.head.ngrams.weights.grad is None and model(inputs).shape[0] == members
+    if model.image:
+        _, (by_image, _) = model.eval().readings(inputs)[0], model.readings(inputs)[1].unbind(1)
+        assert torch.allclose(by_image, without.readings(inputs)[1][:, 0], atol=1e-6)
 
 
 def test_the_mean_of_logits_is_that_of_the_modalities_that_are_there(models):

@@ -55,7 +55,7 @@ def test_scores_decisions_and_metadata_are_the_bundles_own(bundle_uri, rows):
 
 
 def test_members_answer_together(make_bundle, rows, tmp_path):
-    bundle = Bundle.load(make_bundle(tmp_path / "bundle", members=2))
+    bundle = Bundle.load(make_bundle(tmp_path / "bundle", members=2, ngrams=True))
     (scores,) = run(to_onnx(bundle), bundle, *rows)
     assert np.abs(scores - Labeler(bundle)(*rows).scores).max() <= 1e-4
 
