@@ -19,6 +19,7 @@ from mmray.schema import KeptScores
 from mmray.uris import Prefixes
 
 SELECTIONS = ("class-aware", "confidence")
+TARGETS = ("soft", "hard")
 AXES = (
     *("fusion", "loss", "decision", "calibration", "ema"),
     *("modality-dropout", "self-training", "backbone"),
@@ -208,14 +209,12 @@ class SelfTrainConfig:
     )
     keep: float = option(0.8, "Share of the expected rows that class-aware takes.")
     confidence: float = option(0.9, "Scores from here on are true, up to 1 - this false.")
-    targets: str = option(
-        "hard", "What the student learns: 0 and 1, or the scores.", choices=("hard", "soft")
-    )
+    targets: str = option("soft", "What the student learns: the scores, or 0 and 1.", choices=TARGETS)
 
     def __post_init__(self) -> None:
         """Refuse what cannot select."""
         require_choice("--select", self.select, SELECTIONS)
-        require_choice("--targets", self.targets, ("hard", "soft"))
+        require_choice("--targets", self.targets, TARGETS)
         require_range("--rounds", self.rounds, 1, 100)
         require_range("--keep", self.keep, 0, 1)
         require_range("--confidence", self.confidence, 0.5, 1)
