@@ -106,7 +106,7 @@ class ModelConfig:
     members: int = option(1, "Caption towers that learn apart; logits are averaged.")
     ngrams: bool = option(
         False,
-        "A linear model of the caption's words and pairs as a further member.",
+        "A linear model of the caption's tokens and their pairs as a further member.",
         flag="--ngrams/--no-ngrams",
     )
     pretrained: bool = option(
@@ -137,8 +137,8 @@ class ModelConfig:
 
     def record(self) -> dict[str, Any]:
         """Give it as JSON, without options that came later and are off: its sum is as before they came."""
-        off = {"members": 1, "ngrams": False}
-        return {name: value for name, value in asdict(self).items() if off.get(name) != value}
+        off = {"members": 1, "ngrams": False}.items()
+        return {name: value for name, value in asdict(self).items() if (name, value) not in off}
 
 
 def towers_of(fusion: str) -> tuple[str, ...]:
@@ -225,7 +225,7 @@ class AblationConfig:
     """Which parts of a recipe are varied, and how often each variant is trained."""
 
     axes: tuple[str, ...] = option(
-        ("fusion", "loss", "decision", "calibration", "ema", "modality-dropout"),
+        AXES[:-2],
         f"Varied, of {', '.join(AXES)}, repeatable [default: all but the last two].",
         flag="--axis",
     )

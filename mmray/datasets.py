@@ -19,6 +19,7 @@ import ray.train
 from ray.data import DataContext, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
+from mmray.captions import is_blank
 from mmray.columns import image_bytes, text_values
 from mmray.config import Columns, ModelConfig
 from mmray.decoding import decode_row
@@ -258,25 +259,24 @@ def count_labels(rows: Rows) -> tuple[Vocabulary, np.ndarray]:
 
 def sample_captions(parts: Sequence[Rows], limit: int) -> list[str]:
     """Give the captions of the first `limit` rows that have one."""
-    return [caption for captions, _ in _captioned(parts, ("caption",), limit) for caption in captions]
+    source = RowSource(tuple(parts), ("caption",), None)
+    return [caption for captions, _ in _captioned(source, limit) for caption in captions]
 
 
 def sample_labeled(rows: Rows, vocabulary: Vocabulary, limit: int) -> tuple[list[str], np.ndarray]:
-    """Give the captions, and targets uint8 (B, L), of the first `limit` rows that have a caption."""
-    captions, targets = list[str](), [np.zeros((0, len(vocabulary)), np.uint8)]
-    for texts, batch in _captioned([rows], ("caption", "labels"), limit):
+    """Give the captions, and targets float32 (N, L), of `limit` rows with one, of units drawn at random."""
+    captions, targets = list[str](), [np.zeros((0, len(vocabulary)), np.float32)]
+    for texts, batch in _captioned(RowSource((rows,), ("caption",), (0,), vocabulary), limit):
         captions += texts
-        targets.append(vocabulary.encode(batch["labels"]))
+        targets.append(as_matrix(batch["targets"]))
     return captions, np.concatenate(targets)
 
 
-def _captioned(
-    parts: Sequence[Rows], columns: tuple[str, ...], limit: int
-) -> Iterator[tuple[list[str], pa.Table]]:
+def _captioned(source: RowSource, limit: int) -> Iterator[tuple[list[str], pa.Table]]:
     """Stream the first `limit` rows that have a caption: captions as text, and the rows."""
-    source = RowSource(tuple(parts), columns, None)
     for batch in ray.data.read_datasource(source).iter_batches(batch_size=None, batch_format="pyarrow"):
-        texts = {row: text for row, text in enumerate(text_values(batch["caption"])) if text}
+        said = enumerate(text_values(batch["caption"]))
+        texts = {row: text for row, text in said if text is not None and not is_blank(text)}
         rows = [*texts][:limit]
         yield [texts[row] for row in rows], batch.take(pa.array(rows, pa.int64()))
         limit -= len(rows)

@@ -162,40 +162,40 @@ class Members(nn.Module):
     the heads and dropout tell them apart.
     """
 
-    def __init__(self, heads: Iterable[nn.Module], ngrams: NGrams | None) -> None:
-        """Take the heads, of M members, and who speaks for captions beside them."""
+    def __init__(self, heads: Iterable[nn.Module]) -> None:
+        """Take the heads, of M members."""
         super().__init__()
-        self.heads, self.ngrams = nn.ModuleList(heads), ngrams
+        self.heads = nn.ModuleList(heads)
 
     def forward(self, image: Tensor | None, caption: Tensor, inputs: Inputs) -> Tensor:
         """Fuse image tokens (B, N, C) and caption tokens (B, T, M * D).
 
         Returns:
-            logits: (B, L), the mean of members and, for rows with a caption, n-grams; in training (M, B, L),
-                so that each member has a loss of its own.
+            logits: (B, L), the members' mean; in training (M, B, L), so that each has a loss of its own.
         """
         captions = caption.chunk(len(self.heads), 2)
         logits = torch.stack(
             [fused(head, image, own, inputs) for head, own in zip(self.heads, captions, strict=True)]
         )
-        if self.training:
-            return logits
-        if self.ngrams is None:
-            return logits.mean(0)
-        counted = self.ngrams(inputs.input_ids, inputs.attention_mask)
-        together = (logits.sum(0) + counted) / (len(logits) + 1)
-        return torch.where(inputs.has_caption[:, None], together, logits.mean(0))
+        return logits if self.training else logits.mean(0)
 
 
 class MultimodalModel(nn.Module):
-    """Towers and what stands on them. A tower that the fusion does not use is not there."""
+    """Towers and what stands on them. A tower that the fusion does not use is not there.
+
+    N-grams are a further member where there is a caption: they have a say in labeling, and none in training.
+    """
 
     def __init__(
-        self, image: ImageTower | None, caption: CaptionTower | CaptionTowers | None, head: nn.Module
+        self,
+        image: ImageTower | None,
+        caption: CaptionTower | CaptionTowers | None,
+        head: nn.Module,
+        ngrams: NGrams | None = None,
     ) -> None:
         """Put the parts together."""
         super().__init__()
-        self.image, self.caption, self.head = image, caption, head
+        self.image, self.caption, self.head, self.ngrams = image, caption, head, ngrams
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Turn a batch into logits (B, L)."""
@@ -210,7 +210,13 @@ class MultimodalModel(nn.Module):
 
     def fuse(self, image: Tensor | None, caption: Tensor | None, inputs: Inputs) -> Tensor:
         """Turn what the towers gave into logits (B, L); of several members in training, (M, B, L)."""
-        return fused(self.head, image, caption, inputs)
+        logits = fused(self.head, image, caption, inputs)
+        if self.ngrams is None or self.training:
+            return logits
+        num_members = len(self.head.heads) if isinstance(self.head, Members) else 1
+        linear = self.ngrams(inputs.input_ids, inputs.attention_mask)
+        mean = (num_members * logits + linear) / (num_members + 1)
+        return torch.where(inputs.has_caption[:, None], mean, logits)
 
     def readings(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Turn a batch into logits (B, L), and those of the image and of the caption alone (B, 2, L).
@@ -263,8 +269,9 @@ def build_model(
     captions = [create_caption_tower(as_described, text_config) for _ in range(config.members)]
     heads = [_head(config, image, caption, num_labels) for caption in captions]
     ngrams = NGrams(text_config["vocab_size"], num_labels) if config.ngrams else None
-    head = Members(heads, ngrams) if ngrams or config.members > 1 else heads[0]
-    return MultimodalModel(image, captions[0] if config.members == 1 else CaptionTowers(captions), head)
+    if config.members == 1:
+        return MultimodalModel(image, captions[0], heads[0], ngrams)
+    return MultimodalModel(image, CaptionTowers(captions), Members(heads), ngrams)
 
 
 def _head(config: ModelConfig, image: ImageTower | None, caption: CaptionTower, num_labels: int) -> nn.Module:

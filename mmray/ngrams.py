@@ -18,6 +18,8 @@ NUM_PAIRS = 1 << 16
 """Pairs of neighbours are told apart by a hash of so many values."""
 
 PRIME = 1_000_003
+"""Spreads the first token of a pair over the hash."""
+
 MIN_ROWS = 2
 """Tokens and pairs that fewer training rows have say nothing."""
 
@@ -25,12 +27,13 @@ PENALTY = 0.1
 """Of half the sum of squared weights, beside the loss summed over rows: the more rows, the less it weighs."""
 
 MAX_ITERATIONS = 100
+HISTORY = 10
 LABELS_AT_ONCE = 32
-"""L-BFGS holds some twenty times the weights of these."""
+"""L-BFGS holds some twenty times their weights."""
 
 
 class NGrams(nn.Module):
-    """Logits of a caption, by tokens and pairs."""
+    """Logits of a caption, by tokens and pairs of neighbours."""
 
     def __init__(self, num_tokens: int, num_labels: int) -> None:
         """Start without an opinion, for token ids below `num_tokens`."""
@@ -43,7 +46,7 @@ class NGrams(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Turn token ids, int64 (B, T), into logits (B, L)."""
         features, values = features_of(input_ids, attention_mask, self.num_tokens)
-        return (self.weights[features] * values[..., None]).sum(1) + self.bias
+        return (self.weights[features] * values[..., None]).sum(1) + self.bias  # which ONNX knows
 
 
 def features_of(input_ids: Tensor, attention_mask: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
@@ -55,29 +58,42 @@ def features_of(input_ids: Tensor, attention_mask: Tensor, num_tokens: int) -> t
             says something twice.
     """
     pairs = (input_ids[:, :-1] * PRIME + input_ids[:, 1:]) % NUM_PAIRS + num_tokens
-    there = torch.cat([attention_mask, attention_mask[:, 1:]], 1).float()
+    there = torch.cat([attention_mask, attention_mask[:, :-1] * attention_mask[:, 1:]], 1).float()
     values = there / there.sum(1, keepdim=True).clamp(min=1).sqrt()
     return torch.cat([input_ids, pairs], 1), values
 
 
-def fit_ngrams(input_ids: Tensor, attention_mask: Tensor, targets: Tensor, num_tokens: int) -> bytes:
-    """Fit the model by L-BFGS, each label for itself.
+def fit_ngrams(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    targets: Tensor,
+    num_tokens: int,
+    rates: Tensor,
+    pos_weight: Tensor | None = None,
+) -> bytes:
+    """Fit the model by L-BFGS.
 
     Args:
         input_ids: int64 (N, T).
         attention_mask: int64 (N, T).
         targets: float32 (N, L).
         num_tokens: ids are below.
+        rates: float32 (L,), how frequent labels are: all that is known of one that no row here bears.
+        pos_weight: float32 (L,), of the members' loss.
 
     Returns:
         The state of an `NGrams`, as safetensors.
     """
     model = NGrams(num_tokens, targets.shape[1])
+    model.bias.copy_(rates.logit(eps=1e-6))
     features, values = features_of(input_ids, attention_mask, num_tokens)
     values = values * _frequent(features, values, len(model.weights))[features]
-    for first in range(0, targets.shape[1], LABELS_AT_ONCE):
-        labels = slice(first, first + LABELS_AT_ONCE)
-        model.weights[:, labels], model.bias[labels] = _fit(features, values, targets[:, labels], model)
+    for labels in targets.any(0).nonzero()[:, 0].split(LABELS_AT_ONCE):
+        weigh = None if pos_weight is None else pos_weight[labels]
+        start = model.weights[:, labels], model.bias[labels]
+        model.weights[:, labels], model.bias[labels] = _fit(
+            features, values, targets[:, labels], weigh, *start
+        )
     return safetensors.torch.save(model.state_dict())
 
 
@@ -89,18 +105,29 @@ def _frequent(features: Tensor, values: Tensor, num_features: int) -> Tensor:
     return torch.bincount(ordered[first], minlength=num_features + 1)[:num_features] >= MIN_ROWS
 
 
-def _fit(features: Tensor, values: Tensor, targets: Tensor, model: NGrams) -> tuple[Tensor, Tensor]:
-    weights = torch.zeros(len(model.weights), targets.shape[1], requires_grad=True)
-    bias = targets.mean(0).logit(eps=1e-6).requires_grad_()
-    search = torch.optim.LBFGS([weights, bias], max_iter=MAX_ITERATIONS, line_search_fn="strong_wolfe")
+def _fit(
+    features: Tensor,
+    values: Tensor,
+    targets: Tensor,
+    pos_weight: Tensor | None,
+    weights: Tensor,
+    bias: Tensor,
+) -> tuple[Tensor, Tensor]:
+    weights, bias = weights.clone().requires_grad_(), bias.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weights, bias], max_iter=MAX_ITERATIONS, history_size=HISTORY, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> Tensor:
-        search.zero_grad()
+        optimizer.zero_grad()
+        # As in `forward`, without a copy of the weights for each token.
         logits = functional.embedding_bag(features, weights, per_sample_weights=values, mode="sum") + bias
-        by_row = functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
-        total = (by_row + PENALTY / 2 * weights.square().sum()) / len(targets)
+        summed = functional.binary_cross_entropy_with_logits(
+            logits, targets, pos_weight=pos_weight, reduction="sum"
+        )
+        total = (summed + PENALTY / 2 * weights.square().sum()) / len(targets)
         total.backward()
         return total
 
-    search.step(loss)
+    optimizer.step(loss)
     return weights.detach(), bias.detach()

@@ -39,7 +39,8 @@ class Labels(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Turn the parts of `Inputs` that the model uses into scores: float32 (B, L), and decisions: bool."""
         given = dict(zip(self.inputs, tensors, strict=True))
-        inputs = Inputs(**{name: given.get(name, tensors[0]) for name in Inputs._fields})
+        there = torch.ones_like(tensors[0].flatten(1)[:, 0], dtype=torch.bool)
+        inputs = Inputs(**{name: given.get(name, there) for name in Inputs._fields})
         scores = torch.sigmoid(self.model(inputs) * self.scales + self.offsets)
         if not self.decide:
             return scores

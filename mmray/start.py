@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from mmray.config import ModelConfig, TrainConfig
 from mmray.datasets import Rows, count_labels, sample_captions, sample_labeled
 from mmray.errors import DataError, OutputError
 from mmray.fingerprints import differences, fingerprint
+from mmray.losses import class_weights
 from mmray.model import MultimodalModel, build_model
 from mmray.ngrams import fit_ngrams
 from mmray.schema import Vocabulary
@@ -34,7 +35,7 @@ from mmray.words import word_rates
 
 CAPTIONS_FOR_TOKENIZER = 1_000_000
 CAPTIONS_FOR_WORDS = 100_000
-CAPTIONS_FOR_NGRAMS = 100_000
+TOKENS_FOR_NGRAMS = 4_000_000
 RUN = "_train"
 RECIPE, START = f"{RUN}/recipe.json", f"{RUN}/start.json"
 NGRAMS = f"{RUN}/ngrams.safetensors"
@@ -56,7 +57,7 @@ class Start:
     word_rates: np.ndarray | None = None
     """float64 (V,), share of captions that contain each word; None where the recipe does not ask for it."""
     ngrams: bytes | None = None
-    """What `fit_ngrams` gave; None where the recipe does not ask for it, or a donor's head has it."""
+    """What `fit_ngrams` gave; None where the recipe does not ask for it."""
 
     def build(self, config: ModelConfig) -> MultimodalModel:
         """Build the model, with what donors give.
@@ -67,9 +68,9 @@ class Start:
         """
         model = build_model(config, len(self.vocabulary), self.text_config, self.donors)
         model.expect(torch.tensor(self.positives / self.num_labeled, dtype=torch.float32))
-        if self.ngrams is not None:
-            model.get_submodule("head.ngrams").load_state_dict(safetensors.torch.load(self.ngrams))
         take_over(model, self.donors)
+        if self.ngrams is not None:
+            model.get_submodule("ngrams").load_state_dict(safetensors.torch.load(self.ngrams))
         return model
 
 
@@ -117,9 +118,8 @@ def prepare_start(
     parts: list[Rows],
     val: Rows,
     model: ModelConfig,
+    train: TrainConfig,
     donors: dict[str, Bundle],
-    *,
-    tells_words: bool,
 ) -> Start:
     """Find what training starts from, or make and publish it.
 
@@ -128,17 +128,17 @@ def prepare_start(
         parts: rows to train on; those with labels come first.
         val: rows to validate on.
         model: what is to be trained.
+        train: how it is to learn.
         donors: bundles that give parts of it.
-        tells_words: whether images are to tell their captions' words.
 
     Raises:
         ConfigError: the caption's encoder or its tokenizer is unknown or out of reach.
-        DataError: no labels, or validation rows with labels that training never shows.
+        DataError: no labels, no caption for n-grams, or validation labels that training never shows.
     """
     # Without the recipe it is what another one left that was refused before it had taken the output.
     if output.read_json(RECIPE) is not None:
         return _published(output, donors)
-    start = _made(parts, val, model, donors, tells_words=tells_words)
+    start = _made(parts, val, model, train, donors)
     rates = start.word_rates
     for name, data in start.tokenizer_files.items():
         output.publish(f"{RUN}/tokenizer/{name}", data)
@@ -173,7 +173,7 @@ def _published(output: Folder, donors: dict[str, Bundle]) -> Start:
 
 
 def _made(
-    parts: list[Rows], val: Rows, model: ModelConfig, donors: dict[str, Bundle], *, tells_words: bool
+    parts: list[Rows], val: Rows, model: ModelConfig, train: TrainConfig, donors: dict[str, Bundle]
 ) -> Start:
     vocabulary, positives = count_labels(parts[0])
     unknown = sorted(set(count_labels(val)[0].labels) - set(vocabulary.labels), key=str)
@@ -188,23 +188,32 @@ def _made(
         tokenizer = train_tokenizer(sample_captions(parts, CAPTIONS_FOR_TOKENIZER))
         text_config, files = describe_encoder(model, len(tokenizer)), tokenizer_files(tokenizer)
     rates = None
-    if tells_words:
+    if train.word_weight and "image" in model.towers:
         captions = sample_captions(parts, CAPTIONS_FOR_WORDS)
         rates = word_rates(tokenizer_of(files), captions, text_config["vocab_size"], model.max_tokens)
-    taken, ngrams = without_other_labels(donors, vocabulary), None
-    if model.ngrams and "head" not in taken:
-        captions, targets = sample_labeled(parts[0], vocabulary, CAPTIONS_FOR_NGRAMS)
-        if not captions:
-            raise DataError(f"{parts[0].folder}: no row has a caption to count; use --no-ngrams")
-        settings = (text_config["vocab_size"], model.max_tokens)
-        ngrams = ray.get(count_ngrams.remote(files, captions, targets, *settings))
-    return Start(vocabulary, parts[0].num_rows, positives, text_config, files, taken, rates, ngrams)
+    taken = without_other_labels(donors, vocabulary)
+    start = Start(vocabulary, parts[0].num_rows, positives, text_config, files, taken, rates)
+    return replace(start, ngrams=_ngrams(parts[0], start, model, train)) if model.ngrams else start
 
 
-@ray.remote(num_cpus=0.5)
-def count_ngrams(
-    files: dict[str, bytes], captions: list[str], targets: np.ndarray, num_tokens: int, max_tokens: int
-) -> bytes:
-    """Fit n-grams where workers will be, since a head computes nothing."""
-    ids, mask = map(torch.from_numpy, tokenize(tokenizer_of(files), captions, max_tokens))
-    return fit_ngrams(ids, mask, torch.from_numpy(targets).float(), num_tokens)
+def _ngrams(rows: Rows, start: Start, model: ModelConfig, train: TrainConfig) -> bytes:
+    captions, targets = sample_labeled(rows, start.vocabulary, TOKENS_FOR_NGRAMS // model.max_tokens)
+    if not captions:
+        raise DataError(f"{rows.folder}: no row has a caption for n-grams; use --no-ngrams")
+    positives = torch.from_numpy(start.positives)
+    weights = class_weights(start.num_labeled, positives) if train.loss == "weighted-bce" else None
+
+    @ray.remote(num_cpus=0.5)  # where workers will be, since a head computes nothing
+    def fit() -> bytes:
+        ids, mask = tokenize(tokenizer_of(start.tokenizer_files), captions, model.max_tokens)
+        return fit_ngrams(
+            torch.from_numpy(ids),
+            torch.from_numpy(mask),
+            torch.from_numpy(targets),
+            num_tokens=start.text_config["vocab_size"],
+            rates=positives / start.num_labeled,
+            pos_weight=weights,
+        )
+
+    fitted: bytes = ray.get(fit.remote())
+    return fitted

@@ -101,8 +101,7 @@ def train_model(
     if is_finished(output, recipe):
         bundle = Bundle.load(output_uri)
         return TrainingResult(bundle, output.read_json("metrics.json"), time.monotonic() - started, True)
-    tells_words = bool(train.word_weight) and "image" in model.towers
-    start = prepare_start(output, parts, val, model, donors, tells_words=tells_words)
+    start = prepare_start(output, parts, val, model, train, donors)
     num_bytes, architecture = ray.get(try_building.remote(start, model))
     log.info("model: %s", ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in num_bytes.items()))
     output.publish_json(RECIPE, recipe)  # what cannot be built has taken no output

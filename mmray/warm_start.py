@@ -14,7 +14,7 @@ from mmray.model import MultimodalModel
 from mmray.recipes import is_recipe, read_stage
 from mmray.schema import Vocabulary
 
-SAME_HEAD = ("fusion", "vision", "text", "width", "num_heads", "members", "ngrams")
+SAME_HEAD = ("fusion", "vision", "text", "width", "num_heads", "members")
 """Settings in which models must agree before one's head fits the other."""
 
 

@@ -127,6 +127,8 @@ def make_bundle(draw_rows: Callable[..., pa.Table]) -> Callable[..., str]:
         with torch.no_grad():
             for parameter in list(model.head.parameters())[-2:]:  # the output layer
                 parameter *= 6
+            if model.ngrams:
+                model.ngrams.weights.normal_(generator=torch.Generator().manual_seed(0))
         parts: dict[str, Any] = {
             "model_config": config,
             "text_config": text_config,

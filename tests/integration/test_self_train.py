@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 MODEL = ModelConfig(vision="test_efficientnet", image_size=32, max_tokens=16, width=32, pretrained=False)
 TRAIN = TrainConfig(epochs=1, batch_size_per_worker=16, learning_rate=3e-3, warmup_epochs=0.2)
-CONFIG = SelfTrainConfig(keep=0.5, rounds=2)
+CONFIG = SelfTrainConfig(keep=0.5, rounds=2, targets="hard")
 TWO = ComputeConfig("2", use_gpu=False)
 
 

@@ -28,7 +28,7 @@ from mmray.demo import draw_scene
 from mmray.errors import ConfigError, DataError, OutputError
 from mmray.fitting import decoded_rows
 from mmray.learner import PROGRESS
-from mmray.start import RECIPE, START, Start, prepare_start
+from mmray.start import NGRAMS, RECIPE, START, Start, prepare_start
 from mmray.storage import Folder
 from mmray.training import train_model
 from mmray.worker import Collate, TrainJob, train_epoch
@@ -154,7 +154,7 @@ def test_a_try_that_was_refused_leaves_nothing_for_the_next_one(scenes, tmp_path
         train_model(others, others, output.uri, replace(MODEL, vision="no_such_tower"), TRAIN)
     assert output.read_json(START)["labels"] == ["unseen"]
     rows = Rows.find(scenes["train"], Columns())
-    start = prepare_start(output, [rows], rows, MODEL, {}, tells_words=False)
+    start = prepare_start(output, [rows], rows, MODEL, TRAIN, {})
     assert start.vocabulary == count_labels(rows)[0] and start.num_labeled == rows.num_rows
 
 
@@ -162,20 +162,21 @@ def test_a_try_that_was_refused_leaves_nothing_for_the_next_one(scenes, tmp_path
 def test_ngrams_are_fitted_to_captions_and_labels_once_and_found_again(scenes, tmp_path):
     rows, output = Rows.find(scenes["train"], Columns()), Folder(str(tmp_path))
     counting = replace(MODEL, fusion="text", ngrams=True)
-    start = prepare_start(output, [rows], rows, counting, {}, tells_words=False)
+    start = prepare_start(output, [rows], rows, counting, TRAIN, {})
     model = start.build(counting).eval()
     table = pq.read_table(scenes["train"], columns=["caption", "labels"])
     table = table.filter(pc.fill_null(pc.greater(pc.utf8_length(table["caption"]), 0), False))
     assert table.num_rows == rows.num_rows - 2, "a null caption, and an empty one"
     ids, mask = tokenize(tokenizer_of(start.tokenizer_files), table["caption"].to_pylist(), MODEL.max_tokens)
-    logits = model.head.ngrams(torch.from_numpy(ids), torch.from_numpy(mask)).detach().numpy()
+    logits = model.ngrams(torch.from_numpy(ids), torch.from_numpy(mask)).detach().numpy()
     targets = start.vocabulary.encode(table["labels"])
     for label in ("beach", "city", "forest"):  # which captions tell
         column = start.vocabulary.labels.index(label)
         assert average_precision_score(targets[:, column], logits[:, column]) > 0.95
     output.publish_json(RECIPE, {})
-    again = prepare_start(output, [rows], rows, counting, {}, tells_words=False)
-    assert again.ngrams == start.ngrams
+    output.publish(NGRAMS, b"those that were fitted")
+    again = prepare_start(output, [rows], rows, counting, TRAIN, {})
+    assert again.ngrams == b"those that were fitted"
 
 
 @pytest.mark.usefixtures("cluster")
@@ -184,8 +185,8 @@ def test_ngrams_need_a_caption(scenes, tmp_path):
     table = table.append_column("caption", pa.nulls(table.num_rows, pa.string()))
     pq.write_table(table, tmp_path / "rows.parquet")
     rows, output = Rows.find(str(tmp_path / "rows.parquet"), Columns()), Folder(str(tmp_path / "out"))
-    with pytest.raises(DataError, match="no row has a caption to count; use --no-ngrams"):
-        prepare_start(output, [rows], rows, replace(MODEL, ngrams=True), {}, tells_words=False)
+    with pytest.raises(DataError, match="no row has a caption for n-grams; use --no-ngrams"):
+        prepare_start(output, [rows], rows, replace(MODEL, ngrams=True), TRAIN, {})
 
 
 @pytest.mark.usefixtures("cluster")

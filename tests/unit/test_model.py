@@ -8,7 +8,7 @@ from huggingface_hub import constants
 
 from mmray.config import FUSIONS, ModelConfig
 from mmray.errors import ConfigError
-from mmray.model import Inputs, Members, MultimodalModel, build_model, masked_mean
+from mmray.model import Inputs, MultimodalModel, build_model, masked_mean
 from mmray.towers import describe_encoder
 
 NUM_LABELS = 5
@@ -165,19 +165,24 @@ def test_each_member_is_a_model_of_its_own(fusion):
 @pytest.mark.parametrize("fusion", ["text", "logits", "cross-attention"])
 @pytest.mark.parametrize("members", [1, 2])
 def test_ngrams_are_a_member_where_there_is_a_caption_and_learn_by_no_step(fusion, members):
-    model, inputs = built(fusion=fusion, members=members, ngrams=True), batch()
+    model, inputs = built(fusion=fusion, members=members, ngrams=True, dropout=0.0), batch()
     with torch.no_grad():
-        model.head.ngrams.weights.normal_()
-    without = MultimodalModel(model.image, model.caption, Members(model.head.heads, None)).eval()
-    counted = model.head.ngrams(inputs.input_ids, inputs.attention_mask)
-    alone, read = without(inputs), inputs.has_caption[:, None]
-    expected = torch.where(read, (members * alone + counted) / (members + 1), alone)
+        model.ngrams.weights.normal_()
+    without = MultimodalModel(model.image, model.caption, model.head).eval()
+    linear, alone = model.ngrams(inputs.input_ids, inputs.attention_mask), without(inputs)
+    mean = (members * alone + linear) / (members + 1)
+    expected = torch.where(inputs.has_caption[:, None], mean, alone)
     assert torch.allclose(model(inputs), expected, atol=1e-6)
-    model.train()(inputs).sum().backward()
-    assert model.head.ngrams.weights.grad is None and model(inputs).shape[0] == members
     if model.image:
-        _, (by_image, _) = model.eval().readings(inputs)[0], model.readings(inputs)[1].unbind(1)
+        by_image, by_caption = model.readings(inputs)[1].unbind(1)
         assert torch.allclose(by_image, without.readings(inputs)[1][:, 0], atol=1e-6)
+        assert (by_caption - without.readings(inputs)[1][:, 1]).abs().max() > 0.1
+    logits = []
+    for learner in (model.train(), without.train()):
+        torch.manual_seed(1)  # of dropout
+        logits.append(learner(inputs))
+    logits[0].sum().backward()
+    assert torch.equal(*logits) and model.ngrams.weights.grad is None
 
 
 def test_the_mean_of_logits_is_that_of_the_modalities_that_are_there(models):

@@ -26,13 +26,15 @@ def rows():
     return torch.tensor(ids), torch.tensor(mask), torch.tensor(targets).float()
 
 
-def fitted(ids, mask, targets):
-    model = NGrams(NUM_TOKENS, targets.shape[1])
-    model.load_state_dict(safetensors.torch.load(fit_ngrams(ids, mask, targets, NUM_TOKENS)))
+def fitted(ids, mask, targets, pos_weight=None):
+    model, rates = NGrams(NUM_TOKENS, targets.shape[1]), targets.mean(0).clamp(min=0.01)
+    state = fit_ngrams(ids, mask, targets, NUM_TOKENS, rates, pos_weight)
+    model.load_state_dict(safetensors.torch.load(state))
     return model
 
 
-def test_it_is_logistic_regression_on_tokens_and_pairs(rows):
+@pytest.mark.parametrize("weight", [1, 3])
+def test_it_is_logistic_regression_on_tokens_and_pairs(rows, weight):
     ids, mask, targets = rows
     texts = [
         " ".join(f"t{token}" for token in row[kept.bool()].tolist())
@@ -41,9 +43,10 @@ def test_it_is_logistic_regression_on_tokens_and_pairs(rows):
     counter = CountVectorizer(ngram_range=(1, 2), min_df=MIN_ROWS)
     lengths = np.array([2 * len(text.split()) - 1 for text in texts])
     features = counter.fit_transform(texts).multiply(1 / np.sqrt(lengths)[:, None]).tocsr()
-    ours = fitted(ids, mask, targets)(ids, mask).numpy()
+    ours = fitted(*rows, torch.full((NUM_LABELS,), float(weight)) if weight > 1 else None)(ids, mask).numpy()
     for label in range(NUM_LABELS):
-        theirs = LogisticRegression(C=1 / PENALTY, tol=1e-8, max_iter=10_000).fit(features, targets[:, label])
+        theirs = LogisticRegression(C=1 / PENALTY, class_weight={1: weight}, tol=1e-8, max_iter=10_000)
+        theirs.fit(features, targets[:, label])
         assert ours[:, label] == pytest.approx(theirs.decision_function(features), abs=0.02)
 
 
@@ -53,6 +56,17 @@ def test_padding_and_neighbours_change_nothing(rows):
     length = int(mask[0].sum())
     alone = model(ids[:1, :length], mask[:1, :length])
     assert torch.allclose(alone[0], model(ids, mask)[0], atol=1e-6)
+    left = torch.stack([row.roll(-int(kept.sum())) for row, kept in zip(ids, mask, strict=True)])
+    padded = torch.stack([kept.roll(-int(kept.sum())) for kept in mask])
+    assert (padded[:, 0] == 0).any() and torch.allclose(model(left, padded), model(ids, mask), atol=1e-6)
+
+
+def test_of_a_label_that_no_row_bears_only_its_rate_is_known(rows):
+    ids, mask, targets = (part.clone() for part in rows)
+    targets[:, 1] = 0
+    model = fitted(ids, mask, targets)
+    assert not model.weights[:, 1].any() and model.weights[:, 0].any()
+    assert float(model.bias[1].sigmoid()) == pytest.approx(0.01)
 
 
 def test_what_only_one_row_has_says_nothing(rows):

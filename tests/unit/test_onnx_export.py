@@ -60,8 +60,9 @@ def test_members_answer_together(make_bundle, rows, tmp_path):
     assert np.abs(scores - Labeler(bundle)(*rows).scores).max() <= 1e-4
 
 
-def test_a_model_of_one_modality_takes_its_inputs_alone(make_bundle, rows, tmp_path):
-    bundle = Bundle.load(make_bundle(tmp_path / "bundle", fusion="text"))
+@pytest.mark.parametrize("ngrams", [False, True])
+def test_a_model_of_one_modality_takes_its_inputs_alone(make_bundle, rows, tmp_path, ngrams):
+    bundle = Bundle.load(make_bundle(tmp_path / "bundle", fusion="text", ngrams=ngrams))
     images, captions = ([value for row, value in enumerate(part) if row not in (1, 2)] for part in rows)
     (scores,) = run(to_onnx(bundle), bundle, images, captions)
     assert np.abs(scores - Labeler(bundle)(images, captions).scores).max() <= 1e-4

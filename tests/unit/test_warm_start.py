@@ -20,7 +20,9 @@ LABELS = ("circle", "square", "triangle")
 def bundles(make_bundle, tmp_path_factory):
     """Give a bundle of each of some fusions, and its config."""
     folder = tmp_path_factory.mktemp("donors")
-    return {fusion: make_bundle(folder / fusion, LABELS, fusion) for fusion in ("image", "text", "logits")}
+    return {
+        fusion: make_bundle(folder / fusion, LABELS, fusion=fusion) for fusion in ("image", "text", "logits")
+    }
 
 
 def config_of(uri, **changes):
