@@ -29,7 +29,7 @@ MAX_UPLOAD_BYTES = 2 << 20
 NUM_FILES = 8
 MANY_EPOCHS = 10_000
 OUTAGE_S = float(os.environ.get("MMRAY_OUTAGE_S") or 0)
-"""How long the job has no worker node at all: ten minutes are promised, which is too long for every run."""
+"""How long a job is left without any worker node; README.md tells of ten minutes, too long for every run."""
 
 pytestmark = pytest.mark.usefixtures("cluster")  # of this process, for `verify_dataset`
 

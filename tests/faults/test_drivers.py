@@ -1,6 +1,7 @@
 """Drivers that are told to stop, that meet another one, or that died and left something behind."""
 
 import json
+import os
 import signal
 import time
 
@@ -20,7 +21,8 @@ NOTICE_S = 30
 def end(run, how):
     """Send a signal; give the exit status and how long it took."""
     started = time.monotonic()
-    run.process.send_signal(how)
+    tell = os.killpg if how == signal.SIGINT else os.kill  # a terminal tells all that runs in it
+    tell(run.process.pid, how)
     return run.wait(), time.monotonic() - started
 
 

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import ray.data
+import safetensors.torch
 import torch
 from sklearn.metrics import average_precision_score
 
@@ -265,7 +266,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_a_finished_one_does_nothin
     settings = {"vision": "test_efficientnet", "image-size": 32, "max-tokens": 16, "width": 32, "epochs": 2}
     settings |= {"text": "bert_uncased_L-1_H-32_A-2", "word-weight": 0.5, "init": bundle_uri}
     command = [sys.executable, str(JOBS / "train.py"), "--data", scenes["train"], "--val", scenes["val"]]
-    command += ["--output", str(tmp_path / "out"), "--no-pretrained", "--no-gpu"]
+    command += ["--output", str(tmp_path / "out"), "--no-pretrained", "--no-gpu", "--ngrams"]
     command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
 
@@ -286,7 +287,8 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_a_finished_one_does_nothin
     first_epochs = json.loads((known.parent / name / PROGRESS).read_text())["history"]
 
     # In this process, which has Ray already: the same recipe as the command's, and another one.
-    model, compute = replace(MODEL, text="bert_uncased_L-1_H-32_A-2"), ComputeConfig(use_gpu=False)
+    model = replace(MODEL, text="bert_uncased_L-1_H-32_A-2", ngrams=True)
+    compute = ComputeConfig(use_gpu=False)
     train = TrainConfig(epochs=2, word_weight=0.5, init=(bundle_uri,))
     places = (scenes["train"], scenes["val"], str(tmp_path / "out"))
     second = train_model(*places, model, train, compute=compute)
@@ -295,6 +297,10 @@ def test_a_killed_run_goes_on_from_its_checkpoint_and_a_finished_one_does_nothin
     assert second.metrics["history"][:1] == first_epochs, "an epoch was repeated"
     assert [epoch["epoch"] for epoch in second.metrics["history"]] == [1, 2]
     assert all(0 < epoch["waited"] < epoch["seconds"] for epoch in second.metrics["history"])
+
+    fitted = safetensors.torch.load(Folder(places[2]).read(NGRAMS))
+    kept = second.bundle.model().ngrams.state_dict()
+    assert fitted["weights"].any() and all(torch.equal(fitted[name], kept[name]) for name in fitted)
 
     third = train_model(*places, model, train, compute=compute)
     assert third.resumed

@@ -73,6 +73,13 @@ def test_a_value_that_cannot_work_is_refused_by_option_and_value(kind, field, va
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("setting", [{"members": 2}, {"ngrams": True}])
+def test_what_reads_captions_is_refused_beside_a_model_of_images_alone(setting):
+    (name,) = setting
+    with pytest.raises(ConfigError, match=rf"--{name} .* --fusion image"):
+        ModelConfig(fusion="image", **setting)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
