@@ -192,8 +192,26 @@ def _sum_f1_by_threshold(scores: Scores, positive: Mask) -> Array:
     order = np.argsort(-scores, axis=1, kind="stable")  # of ties the lowest index leads, as in `decide`
     hits = np.take_along_axis(positive, order, axis=1).cumsum(axis=1)
     f1 = 2 * hits / (np.arange(1, scores.shape[1] + 1) + positive.sum(axis=1, keepdims=True))
-    grid = THRESHOLDS.astype(scores.dtype)  # as in `decide`
-    num_reached = np.searchsorted(grid, np.take_along_axis(scores, order, axis=1), side="right")
-    num_reached[:, 0] = len(grid)  # the fallback: the top label is decided at every threshold
-    gains = np.bincount(num_reached.ravel(), np.diff(f1, prepend=0).ravel(), len(grid) + 1)
+    num_reached = np.take_along_axis(_num_reached(scores), order, axis=1)
+    gains = np.bincount(num_reached.ravel(), np.diff(f1, prepend=0).ravel(), len(THRESHOLDS) + 1)
     return gains[:0:-1].cumsum()[::-1]
+
+
+def macro_f1_by_threshold(scores: Scores, positive: Mask) -> Array:
+    """Compute macro F1 (99,), deciding at each of THRESHOLDS, or the top label if none reaches it."""
+    num_labels = scores.shape[1]
+    cells = (_num_reached(scores) + (len(THRESHOLDS) + 1) * np.arange(num_labels)).ravel()
+
+    def decided(among: NDArray[Any]) -> Array:
+        at = np.bincount(cells, among.ravel(), num_labels * (len(THRESHOLDS) + 1)).reshape(num_labels, -1)
+        return at[:, :0:-1].cumsum(axis=1)[:, ::-1]
+
+    f1 = _ratio(2 * decided(positive), decided(np.ones(scores.shape)) + positive.sum(axis=0)[:, None])
+    return f1.mean(axis=0)
+
+
+def _num_reached(scores: Scores) -> NDArray[np.int_]:
+    """Count the THRESHOLDS that each score reaches (B, L): the top label's all of them, by the fallback."""
+    num_reached = np.searchsorted(THRESHOLDS.astype(scores.dtype), scores, side="right")  # as in `decide`
+    num_reached[np.arange(len(scores)), scores.argmax(axis=1)] = len(THRESHOLDS)
+    return num_reached

@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from mmray.decisions import NUM_FOLDS, Calibration, decide, tune_thresholds
+from mmray.decisions import NUM_FOLDS, Calibration, decide, tune_single_threshold, tune_thresholds
 from mmray.learner import Batches, Learner, inputs_of
 from mmray.metrics import Counts
 from mmray.schema import Vocabulary
@@ -143,7 +143,7 @@ class Validation(NamedTuple):
             fitted, rest = drawn.rows(folds != fold), drawn.rows(folds == fold)
             calibration = Calibration.fit(fitted.logits[fitted.valid], fitted.targets[fitted.valid])
             scores, half = fitted.scores(calibration), np.full(num_labels, 0.5)
-            single = np.full(num_labels, fitted.counts(scores, half).best_threshold())
+            single = np.full(num_labels, tune_single_threshold(scores, fitted.targets))
             rules = {
                 "0.5": (calibration, half),
                 "single": (calibration, single),

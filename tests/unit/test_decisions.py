@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy import optimize
 
-from mmray.decisions import CALIBRATION_PRIOR, Calibration, decide, tune_thresholds
+from mmray.decisions import (
+    CALIBRATION_PRIOR,
+    NEAR,
+    Calibration,
+    decide,
+    tune_single_threshold,
+    tune_thresholds,
+)
 from mmray.errors import ConfigError
 from mmray.metrics import THRESHOLDS, Counts
 
@@ -196,8 +203,29 @@ def test_tuning_never_worsens_the_rows_it_tunes_on_whatever_their_order(drawn, d
     targets = data.draw(arrays.arrays(bool, scores.shape))
     tuned = tune_thresholds(scores, targets)
     assert ((tuned >= 0) & (tuned <= 1)).all()
-    best = max(sample_f1(scores, targets, np.full(len(tuned), each))["sample_f1"] for each in THRESHOLDS)
-    assert sample_f1(scores, targets, tuned)["sample_f1"] >= best - 1e-9
+    half = sample_f1(scores, targets, np.full(len(tuned), 0.5))["sample_f1"]
+    assert sample_f1(scores, targets, tuned)["sample_f1"] >= half - 1e-9
+
+
+@light
+@given(decisions(), st.data())
+def test_of_single_thresholds_near_the_best_sample_f1_it_is_that_of_the_best_macro_f1(drawn, data):
+    scores, _ = drawn
+    targets = data.draw(arrays.arrays(bool, scores.shape))
+    found = {each: sample_f1(scores, targets, np.full(scores.shape[1], each)) for each in THRESHOLDS}
+    least = max(max(f1["sample_f1"] for f1 in found.values()) - NEAR, found[0.5]["sample_f1"]) - 1e-9
+    macro = {each: f1["macro_f1"] for each, f1 in found.items() if f1["sample_f1"] >= least}
+    single = tune_single_threshold(scores, targets)
+    assert macro[single] == pytest.approx(max(macro.values()))
+    nearer = [each for each in macro if abs(each - 0.5) < abs(single - 0.5) - 1e-12]
+    assert all(macro[each] < macro[single] - 1e-10 for each in nearer)
+
+
+def test_thresholds_that_differ_by_chance_alone_are_the_same():
+    draw = np.random.default_rng(0)
+    scores = draw.beta(0.5, 1.5, (400, 6)).astype(np.float32)
+    tuned = tune_thresholds(scores, draw.random(scores.shape) < scores)
+    assert np.ptp(tuned) < 0.05
 
 
 def test_tuning_does_not_depend_on_the_order_of_rows(validation):

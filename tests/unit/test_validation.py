@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmray.decisions import decide
+from mmray.decisions import decide, tune_single_threshold
 from mmray.metrics import Counts
 from mmray.schema import Vocabulary
 from mmray.validation import Validation
@@ -50,7 +50,7 @@ def test_settling_never_lowers_sample_f1():
     drawn = draw()
     calibration, _, metrics = drawn.settle(LABELS)
     scores = drawn.scores(calibration)
-    for threshold in (0.5, drawn.counts(scores, np.full(3, 0.5)).best_threshold()):
+    for threshold in (0.5, tune_single_threshold(scores, drawn.targets)):
         counts = drawn.counts(scores, np.full(3, threshold))
         assert metrics["sample_f1"] >= counts.summary(LABELS.labels)["sample_f1"]
 
