@@ -68,7 +68,7 @@ def test_labels_are_right_and_the_ways_to_measure_them_agree(coco18, bundle, tmp
     ):
         assert of_output[name] == pytest.approx(of_bundle[name], abs=1e-6), name
     # Somewhat less than what RESULTS.md tells of.
-    for name, least in {"sample_f1": 0.865, "map": 0.77, "macro_f1": 0.74}.items():
+    for name, least in {"sample_f1": 0.868, "map": 0.775, "macro_f1": 0.745}.items():
         assert of_output[name] >= least, name
 
 
