@@ -86,18 +86,20 @@ def examples(
     vocabulary: Vocabulary,
     seed: tuple[int, ...] | None = None,
     *,
+    columns: tuple[str, ...] = ("image", "caption"),
     num_cpus: float = 1,
 ) -> ray.data.Dataset:
-    """Stream rows to learn from: `image`, `caption`, and for each label what is true and whether it is known.
+    """Stream rows to learn from: their columns, and for each label what is true and whether it is known.
 
     Args:
         parts: rows that are shuffled together.
         vocabulary: of the L labels; the blocks' `targets` are list<float32>[L], their `mask` list<bool>[L].
         seed: shuffles the units anew each time the dataset is executed, that is each epoch, and adds a
             column `draw`: uint64, another number for each row and epoch. None keeps the files' order.
+        columns: of `image` and `caption`.
         num_cpus: that each task asks for.
     """
-    source = RowSource(tuple(parts), ("image", "caption"), seed, vocabulary)
+    source = RowSource(tuple(parts), columns, seed, vocabulary)
     return ray.data.read_datasource(source, num_cpus=num_cpus)
 
 
@@ -193,19 +195,22 @@ def decode_rows(
     """Decode what `examples` gives: by the function that decodes for labeling, plus augmentation.
 
     Returns:
-        pixels: uint8 (B, S, S, 3); caption: str (B,); has_image, has_caption, valid: bool (B,);
+        pixels: uint8 (B, S, S, 3), S being 1 for a model that sees none; caption: str (B,);
+        has_image, has_caption, valid: bool (B,);
         targets: float32 (B, L); mask: bool (B, L), of the labels that are known.
     """
     views: list[View | None] = [None] * block.num_rows
     if augmentation and block.num_rows:
         generator = np.random.default_rng(block["draw"][0].as_py())
         views = [augmentation.draw(generator) for _ in range(block.num_rows)]
-    images, captions = block["image"].to_pylist(), text_values(block["caption"])
+    sees, captions = "image" in model.towers, text_values(block["caption"])
+    images = block["image"].to_pylist() if sees else [None] * block.num_rows
     rows = [
         decode_row(image, caption, model.fusion, model.image_size, view)
         for image, caption, view in zip(images, captions, views, strict=True)
     ]
-    pixels = np.zeros((len(rows), model.image_size, model.image_size, 3), np.uint8)
+    size_px = model.image_size if sees else 1
+    pixels = np.zeros((len(rows), size_px, size_px, 3), np.uint8)
     for index, row in enumerate(rows):
         if row.pixels is not None:
             pixels[index] = row.pixels

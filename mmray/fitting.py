@@ -134,7 +134,8 @@ def decoded_rows(
     if epochs_done is not None:
         seed = (config.seed, epochs_done)
         augmentation = Augmentation(config.crop, config.colour, config.rand_augment)
-    return examples(parts, job.start.vocabulary, seed, num_cpus=num_cpus).map_batches(
+    columns = ("image", "caption") if "image" in job.model.towers else ("caption",)
+    return examples(parts, job.start.vocabulary, seed, columns=columns, num_cpus=num_cpus).map_batches(
         decode_rows,
         fn_args=(job.model, augmentation),
         batch_size=128,

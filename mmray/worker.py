@@ -216,5 +216,5 @@ def shuffle_buffer_rows(job: TrainJob, batch_size: int, world_size: int) -> int:
     Ray gives no batch before it has half as much again; so no more than an eighth of the epoch, either, or
     training would begin when most of it is decoded.
     """
-    of_memory = SHUFFLE_BUFFER_BYTES // (3 * job.model.image_size**2)
+    of_memory = SHUFFLE_BUFFER_BYTES // (3 * job.model.image_size**2) if "image" in job.model.towers else 8192
     return max(4 * batch_size, min(8192, of_memory, job.num_rows // (8 * world_size)))

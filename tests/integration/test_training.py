@@ -220,6 +220,20 @@ def test_who_goes_on_from_an_epoch_sees_other_views_than_who_begins(scenes):
 
 
 @pytest.mark.usefixtures("cluster")
+def test_a_model_of_captions_alone_is_sent_no_images(scenes):
+    rows = Rows.find(scenes["train"], Columns())
+    vocabulary, positives = count_labels(rows)
+    start = Start(vocabulary, rows.num_rows, positives, {}, {}, {})
+    job = TrainJob(
+        replace(MODEL, fusion="text"), TRAIN, start, [], rows.num_rows, Folder(scenes["train"]), None
+    )
+    batches = list(decoded_rows([rows], job, 0.5, epochs_done=0).iter_batches(batch_size=None))
+    assert sum(batch["pixels"].nbytes for batch in batches) == 3 * rows.num_rows
+    assert sum(batch["has_caption"].sum() for batch in batches) == rows.num_rows - 2
+    assert not any(batch["has_image"].any() for batch in batches)
+
+
+@pytest.mark.usefixtures("cluster")
 def test_labels_that_only_validation_has_are_refused(scenes, tmp_path):
     table = pq.read_table(scenes["val"])
     table = table.set_column(3, "labels", pa.array([["unseen"]] * table.num_rows))
