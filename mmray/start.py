@@ -204,7 +204,7 @@ def _ngrams(rows: Rows, start: Start, model: ModelConfig, train: TrainConfig) ->
     weights = class_weights(start.num_labeled, positives) if train.loss == "weighted-bce" else None
 
     @ray.remote(num_cpus=0.5)  # where workers will be, since a head computes nothing
-    def fit() -> bytes:
+    def fit(captions: list[str], targets: np.ndarray) -> bytes:
         ids, mask = tokenize(tokenizer_of(start.tokenizer_files), captions, model.max_tokens)
         return fit_ngrams(
             torch.from_numpy(ids),
@@ -215,5 +215,5 @@ def _ngrams(rows: Rows, start: Start, model: ModelConfig, train: TrainConfig) ->
             pos_weight=weights,
         )
 
-    fitted: bytes = ray.get(fit.remote())
+    fitted: bytes = ray.get(fit.remote(captions, targets))
     return fitted
