@@ -106,7 +106,7 @@ class ModelConfig:
     members: int = option(1, "Caption towers that learn apart; logits are averaged.")
     ngrams: bool = option(
         False,
-        "A linear model of the caption's tokens and their pairs as a further member.",
+        "A linear model of captions' tokens and pairs as a further member.",
         flag="--ngrams/--no-ngrams",
     )
     pretrained: bool = option(
