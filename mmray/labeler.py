@@ -17,7 +17,7 @@ from mmray.captions import tokenize
 from mmray.decisions import decide
 from mmray.decoding import Decode, Image, Row, RowDecoder, Waiting
 from mmray.errors import ConfigError
-from mmray.model import Inputs
+from mmray.fusions import Inputs
 from mmray.predictor import Predictor
 from mmray.schema import Status
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from mmray.config import TrainConfig
+from mmray.fusions import Inputs
 from mmray.losses import asymmetric, binary_cross_entropy, class_weights, focal
-from mmray.model import Inputs, MultimodalModel
+from mmray.model import MultimodalModel
 from mmray.words import WithWords, word_loss
 
 BASE_BATCH_SIZE = 64

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from mmray.bundle import Bundle
 from mmray.errors import ConfigError
-from mmray.model import Inputs
+from mmray.fusions import Inputs
 
 OPSET = 20
 IMAGE_INPUTS = ("pixels", "has_image")

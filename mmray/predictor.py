@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmray.errors import ConfigError, SpoiltError
-from mmray.model import Inputs, MultimodalModel
+from mmray.fusions import Inputs
+from mmray.model import MultimodalModel
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmray.captions import tokenize
-from mmray.model import Inputs, MultimodalModel, OneHead
+from mmray.fusions import Inputs, OneHead
+from mmray.model import MultimodalModel
 
 
 class WithWords(nn.Module):

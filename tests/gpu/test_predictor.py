@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from mmray.config import ModelConfig
-from mmray.model import Inputs, build_model
+from mmray.fusions import Inputs
+from mmray.model import build_model
 from mmray.predictor import Predictor
 from mmray.towers import describe_encoder
 

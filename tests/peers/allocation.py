@@ -56,7 +56,8 @@ def model_and_inputs(vision, size_px, batch_rows):
     """Give a model of random weights on one thread, and a batch for it."""
     import torch
 
-    from mmray.model import Inputs, build_model
+    from mmray.fusions import Inputs
+    from mmray.model import build_model
     from mmray.towers import describe_encoder
 
     torch.set_num_threads(1)

@@ -34,10 +34,10 @@ from bundles import make_bundle
 
 from mmray.bundle import Bundle
 from mmray.config import LabelConfig, ModelConfig
+from mmray.fusions import Inputs
 from mmray.images import decode_image
 from mmray.labeler import PRECISIONS
 from mmray.labeling import label_dataset
-from mmray.model import Inputs
 from mmray.predictor import Predictor
 from mmray.storage import Folder
 

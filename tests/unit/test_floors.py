@@ -41,6 +41,7 @@ FLOORS = [
             "decoding",
             "decoded",
             "towers",
+            "fusions",
             "ngrams",
             "model",
             "words",

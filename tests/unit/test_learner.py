@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmray.config import FUSIONS, LOSSES, ModelConfig, TrainConfig
+from mmray.fusions import Inputs
 from mmray.learner import BASE_BATCH_SIZE, Learner, drop_modalities, drop_words, freeze_unused
 from mmray.losses import asymmetric, binary_cross_entropy, focal
-from mmray.model import Inputs, build_model
+from mmray.model import build_model
 from mmray.towers import describe_encoder
 
 SIZE_PX = 64

@@ -8,7 +8,8 @@ from huggingface_hub import constants
 
 from mmray.config import FUSIONS, ModelConfig
 from mmray.errors import ConfigError
-from mmray.model import Inputs, MultimodalModel, build_model, masked_mean
+from mmray.fusions import Inputs, masked_mean
+from mmray.model import MultimodalModel, build_model
 from mmray.towers import describe_encoder
 
 NUM_LABELS = 5

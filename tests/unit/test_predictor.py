@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mmray.config import ModelConfig
-from mmray.model import Inputs, build_model
+from mmray.fusions import Inputs
+from mmray.model import build_model
 from mmray.predictor import DeviceError, FixedBatch, Predictor
 from mmray.towers import describe_encoder
 

@@ -8,8 +8,9 @@ import torch
 
 from mmray.captions import tokenize, train_tokenizer
 from mmray.config import ModelConfig, TrainConfig
+from mmray.fusions import Inputs
 from mmray.learner import Learner
-from mmray.model import Inputs, build_model
+from mmray.model import build_model
 from mmray.towers import describe_encoder
 from mmray.words import WithWords, word_loss, word_rates, words_of
 
