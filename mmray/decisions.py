@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmray.errors import ConfigError
-from mmray.metrics import THRESHOLDS, Counts, macro_f1_by_threshold
+from mmray.metrics import THRESHOLDS, Counts, macro_f1_by_threshold, sum_f1_by_threshold
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -170,8 +170,7 @@ def tune_single_threshold(scores: NDArray[np.floating[Any]], targets: Mask) -> f
     Sample F1 has peaks at thresholds that are good for a few rows by chance. Of thresholds that come near
     the highest, and are no worse than 0.5, it is that of the best macro F1; of ties, the nearest to 0.5.
     """
-    half = np.full(scores.shape[1], 0.5)
-    sample_f1 = Counts.of(scores, targets, decide(scores, half)[0]).sum_f1_by_threshold / max(len(scores), 1)
+    sample_f1 = sum_f1_by_threshold(scores, targets) / max(len(scores), 1)
     least = max(sample_f1.max() - NEAR, sample_f1[THRESHOLDS == 0.5].item()) - ROUNDING
     macro_f1 = np.where(sample_f1 >= least, macro_f1_by_threshold(scores, targets), -1)
     ties = THRESHOLDS[macro_f1 >= macro_f1.max() - ROUNDING]

@@ -78,7 +78,7 @@ class Counts:
             "num_empty": np.count_nonzero(~decided.any(axis=1)),
             "num_fallback": np.count_nonzero(fell_back),
             "sum_f1": np.where(num_marks == 0, 1.0, _ratio(2 * hits.sum(axis=1), num_marks)).sum(),
-            "sum_f1_by_threshold": _sum_f1_by_threshold(scores, positive),
+            "sum_f1_by_threshold": sum_f1_by_threshold(scores, positive),
             "true_positives": hits.sum(axis=0),
             "false_positives": (decided & ~positive).sum(axis=0),
             "false_negatives": (positive & ~decided).sum(axis=0),
@@ -183,7 +183,7 @@ def _calibration(scores: Scores, positive: Mask) -> Array:
     return np.stack([np.bincount(bins, summand, NUM_CALIBRATION_BINS) for summand in summands])
 
 
-def _sum_f1_by_threshold(scores: Scores, positive: Mask) -> Array:
+def sum_f1_by_threshold(scores: Scores, positive: Mask) -> Array:
     """Sum sample F1 (99,) over rows, deciding at each of THRESHOLDS, or the top label if none reaches it.
 
     At any threshold a row decides its top k, and F1 is the sum of what each of them gains over those before.
