@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 DECODE_TIMEOUT_S = 30.0
 """A row that takes longer hangs; the largest image that is decoded takes some seconds."""
+
+TURN_S = 5.0
+"""And for each thread so long, since large images are decoded one by one: a row may have to wait its turn."""
 
 
 class HungError(SpoiltError):
@@ -115,9 +119,9 @@ class RowDecoder:
         """
         self.fusion, self.size_px = fusion, size_px
         self.decode = decode or decode_row
-        self.timeout_s = None if decode else DECODE_TIMEOUT_S
+        self.timeout_s = None if decode else max(DECODE_TIMEOUT_S, TURN_S * num_threads)
         self.num_threads = num_threads
-        self.threads = ThreadPoolExecutor(num_threads, "decode")
+        self.threads, self.replacing = ThreadPoolExecutor(num_threads, "decode"), threading.Lock()
 
     def submit(self, images: Sequence[Image | Row], captions: Sequence[str | None]) -> Waiting:
         """Begin to decode some rows; what has been decoded before stays as it is.
@@ -126,15 +130,17 @@ class RowDecoder:
             A function that waits for them, and raises HungError where one of them, or of those that
             another caller waits for, hung its thread.
         """
-        rows = [
-            image
-            if isinstance(image, Row)
-            else self.threads.submit(self.decode, image, caption, self.fusion, self.size_px)
-            for image, caption in zip(images, captions, strict=True)
-        ]
-        return lambda: [row if isinstance(row, Row) else self._result(row) for row in rows]
+        with self.replacing:
+            threads = self.threads
+            rows = [
+                image
+                if isinstance(image, Row)
+                else threads.submit(self.decode, image, caption, self.fusion, self.size_px)
+                for image, caption in zip(images, captions, strict=True)
+            ]
+        return lambda: [row if isinstance(row, Row) else self._result(row, threads) for row in rows]
 
-    def _result(self, row: Future[Row]) -> Row:
+    def _result(self, row: Future[Row], threads: ThreadPoolExecutor) -> Row:
         while True:
             # A row that only waits for a thread, behind another caller's, hangs nothing.
             decoding = row.running()
@@ -144,7 +150,12 @@ class RowDecoder:
                 raise HungError("a row was given up, since another one hung") from None
             except TimeoutError:
                 if decoding:
-                    # Others begin anew, in threads that nothing holds.
-                    hung, self.threads = self.threads, ThreadPoolExecutor(self.num_threads, "decode")
-                    hung.shutdown(wait=False, cancel_futures=True)
+                    self._replace(threads)
                     raise HungError(f"a row was not decoded within {self.timeout_s:.0f} s") from None
+
+    def _replace(self, hung: ThreadPoolExecutor) -> None:
+        """Let others begin anew, in threads that nothing holds; of two callers whose rows hang, one does."""
+        with self.replacing:
+            if self.threads is hung:
+                self.threads = ThreadPoolExecutor(self.num_threads, "decode")
+                hung.shutdown(wait=False, cancel_futures=True)

@@ -208,6 +208,25 @@ def test_what_waits_behind_a_row_that_hangs_is_given_up_with_it():
         released.set()
 
 
+def test_two_rows_that_hang_leave_others_one_new_set_of_threads():
+    decoder, released = RowDecoder("image", 32, 2), threading.Event()
+    decoder.timeout_s, decoder.decode = 0.5, lambda *given: released.wait(60)
+    with ThreadPoolExecutor(2) as callers:
+        calls = [callers.submit(decoder.submit([TEXT], [None])) for _ in range(2)]
+        try:
+            assert all(isinstance(call.exception(), HungError) for call in calls)
+            decoder.decode = decode_row
+            (row,) = decoder.submit([JPEG], [None])()
+            assert row.status is OK
+        finally:
+            released.set()
+
+
+def test_as_many_large_images_as_there_are_threads_have_the_time_to_take_turns():
+    seconds = {num_threads: RowDecoder("image", 32, num_threads).timeout_s for num_threads in (1, 4, 64)}
+    assert seconds == {1: 30, 4: 30, 64: 320}
+
+
 @st.composite
 def images_of_any_kind(draw):
     """Give None, random bytes, or an image of which bytes are changed, cut off and added."""
