@@ -141,18 +141,18 @@ def on_device(pixels: Sequence[np.ndarray | Tensor | None], size_px: int, device
         torch.OutOfMemoryError: they do not fit once more into the GPU's memory.
         DeviceError: the GPU fails for good.
     """
-    decoded = {place: each for place, each in enumerate(pixels) if isinstance(each, Tensor)}
-    others = {place: each for place, each in enumerate(pixels) if isinstance(each, np.ndarray)}
+    # Not by an index of places, whose copy to the GPU makes the host wait for all that is under way.
+    others = [each for each in pixels if isinstance(each, np.ndarray)]
     try:
-        images = torch.zeros(len(pixels), size_px, size_px, 3, dtype=torch.uint8, device=device)
-        images[[*decoded]] = torch.stack([*decoded.values()])
-        if others:
-            host = torch.from_numpy(np.stack([*others.values()]))
-            pinned = host.pin_memory() if device.type == "cuda" else host
-            images[[*others]] = pinned.to(device, non_blocking=True)
+        host = torch.from_numpy(np.stack(others)) if others else torch.empty(0)
+        pinned = host.pin_memory() if device.type == "cuda" else host
+        sent = iter(pinned.to(device, non_blocking=True))
+        black = torch.zeros(size_px, size_px, 3, dtype=torch.uint8, device=device)
+        return torch.stack(
+            [each if isinstance(each, Tensor) else black if each is None else next(sent) for each in pixels]
+        )
     except torch.AcceleratorError as error:
         raise DeviceError(str(error)) from error
-    return images
 
 
 def _as_tensor(image: bytes) -> Tensor:
