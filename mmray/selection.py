@@ -47,21 +47,14 @@ class Cutoffs:
             keep: share of the expected positives, and of the expected negatives, that is taken: the surest.
 
         Source: Xie et al. 2023 (arXiv 2305.02795), class-distribution-aware thresholding, with one `keep`
-        for both of its reliability factors. Of scores beyond the outermost bin all count as ties, and are
-        taken together.
+        for both of its reliability factors.
         """
         num_rows = histogram.sum(axis=1)
         edges = 1 / (1 + np.exp(-np.linspace(-MAX_LOGIT, MAX_LOGIT, NUM_BINS + 1)))
-        from_above = histogram[:, ::-1].cumsum(axis=1)[:, ::-1]  # rows in this bin or a higher one
-        from_below = histogram.cumsum(axis=1)
-        num_positive, num_negative = keep * shares * num_rows, keep * (1 - shares) * num_rows
-        # The whole bins that hold no more than that many; or the outermost, where it alone holds more.
-        first_bin = (from_above > num_positive[:, None]).sum(axis=1)
-        last_bin = (from_below <= num_negative[:, None]).sum(axis=1)
-        first_bin = np.where(num_positive >= 1, np.minimum(first_bin, NUM_BINS - 1), first_bin)
-        last_bin = np.where(num_negative >= 1, np.maximum(last_bin, 1), last_bin)
-        positive = np.where(first_bin < NUM_BINS, edges[np.minimum(first_bin, NUM_BINS)], np.inf)
-        negative = np.where(last_bin > 0, edges[last_bin], -np.inf)
+        from_above = _bins_taken(histogram[:, ::-1], keep * shares * num_rows)
+        from_below = _bins_taken(histogram, keep * (1 - shares) * num_rows)
+        positive = np.where(from_above > 0, edges[NUM_BINS - from_above], np.inf)
+        negative = np.where(from_below > 0, edges[from_below], -np.inf)
         return cls(positive, np.minimum(negative, np.nextafter(positive, -np.inf)))
 
     def select(
@@ -85,6 +78,19 @@ class Cutoffs:
         rows = np.flatnonzero(known.any(axis=1))
         targets = scores if soft else true
         return rows, targets[rows].astype(np.float32), known[rows]
+
+
+def _bins_taken(histogram: Array, expected: Array) -> NDArray[np.int64]:
+    """Give how many bins of each label are taken, (L,), the surest first: as hold no more rows than expected.
+
+    Ties are taken together: the surest bin that holds any row is taken even where it holds up to twice as
+    many, and the outermost, in which is all that is surer yet, whatever it holds.
+    """
+    surest = (histogram > 0).argmax(axis=1)
+    tied = np.take_along_axis(histogram, surest[:, None], axis=1)[:, 0]
+    together = (expected >= 1) & ((surest == 0) | (tied <= 2 * expected))
+    taken = (histogram.cumsum(axis=1) <= expected[:, None]).sum(axis=1)
+    return np.where(together, np.maximum(taken, surest + 1), taken)
 
 
 class Selection(NamedTuple):

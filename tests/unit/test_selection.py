@@ -54,6 +54,15 @@ def test_scores_too_sure_to_be_told_apart_are_taken_together():
     assert (len(rows), targets.sum()) == (990, 40)
 
 
+@pytest.mark.parametrize(("share", "taken"), [(0.05, 60), (0.02, 0)])
+def test_rows_with_the_same_score_are_taken_together_unless_they_are_far_too_many(share, taken):
+    """As rows with the same caption have; a label of which nothing joins but absences would be unlearned."""
+    scores = np.array([0.99] * 60 + [0.2] * 940, np.float32)[:, None]
+    cutoffs = Cutoffs.by_frequency(counted(scores), np.array([share]), 1.0)
+    _, targets, _ = cutoffs.select(scores, np.ones(1000, bool), soft=False)
+    assert targets.sum() == taken
+
+
 def test_the_surest_are_taken():
     scores = draw()
     cutoffs = Cutoffs.by_frequency(counted(scores), np.array([0.5, 0.3, 0.02]), 0.8)
