@@ -17,7 +17,7 @@ Mask = NDArray[np.bool_]
 CALIBRATION_PRIOR = 4.0
 """How strongly a label's calibration holds to doing nothing; some rows of evidence outweigh it."""
 
-LEAST_SCALE = 0.1
+LEAST_SCALE = 0.01
 """A label whose logits say so little about it stays as it is: calibration must not turn its order round."""
 
 SHRINKAGES = (np.inf, 1000.0, 300.0, 100.0, 30.0, 10.0, 0.0)

@@ -152,6 +152,15 @@ def test_calibration_makes_scores_mean_what_they_say_also_on_rows_that_it_has_no
     )
 
 
+def test_logits_that_are_many_times_too_large_are_calibrated_too(validation):
+    logits, targets = validation
+    fitted = Calibration.fit(30 * logits, targets)
+    assert (fitted.scales < 0.1).any()
+    assert ece(fitted.scores(30 * logits), targets) < 2 * ece(
+        Calibration.fit(logits, targets).scores(logits), targets
+    )
+
+
 @light
 @given(decisions(), st.data())
 def test_calibration_never_raises_the_loss_it_is_fitted_to_nor_changes_an_order(drawn, data):
