@@ -86,11 +86,12 @@ class Validation(NamedTuple):
         return Counts.of(scores, self.targets, decided & self.valid[:, None], fell_back & self.valid)
 
     def gathered(self) -> Validation:
-        """Put the rows of all workers together, as many as calibration needs."""
+        """Put the rows of all workers together, as many as calibration needs, from all over them."""
         world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         row_bytes = sum(array.nbytes for array in self) // max(1, len(self.logits))
         share = min(MAX_ROWS_KEPT, MAX_BYTES_KEPT // max(1, row_bytes)) // world_size
-        parts = [Validation(*(array[:share] for array in self))] * world_size
+        num_rows, kept = len(self.logits), min(len(self.logits), share)
+        parts = [self.rows(np.arange(kept) * num_rows // max(kept, 1))] * world_size
         if world_size > 1:
             torch.distributed.all_gather_object(parts, parts[0])
         return Validation(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))

@@ -46,6 +46,18 @@ def test_what_is_settled_is_measured_as_it_will_be_used():
         assert metrics[name] == value
 
 
+def test_rows_that_are_kept_are_from_all_over(monkeypatch):
+    """In rows that stand label by label the first ones would know nothing of the last labels."""
+    monkeypatch.setattr("mmray.validation.MAX_ROWS_KEPT", 70)
+    drawn = draw()
+    kept = drawn.gathered()
+    places = [int(np.flatnonzero((drawn.logits == row).all(axis=1))[0]) for row in kept.logits]
+    assert len(places) == 70 and (np.diff([0, *places, 900]) <= 13).all()
+    np.testing.assert_array_equal(kept.targets, drawn.targets[places])
+    monkeypatch.setattr("mmray.validation.MAX_ROWS_KEPT", 1000)
+    np.testing.assert_array_equal(drawn.gathered().logits, drawn.logits)
+
+
 def test_settling_never_lowers_sample_f1():
     drawn = draw()
     calibration, _, metrics = drawn.settle(LABELS)
