@@ -43,11 +43,16 @@ class Costs(NamedTuple):
     """What one row costs one worker, in seconds."""
 
     read: float
+    """Of a CPU; while a task waits for storage others go on."""
     decode: float
     """In one thread; 0 where the GPU decodes, as a part of what the model takes."""
     model: float
     """In all threads of the worker, or on its GPU."""
     write: float
+    """Of a CPU, too."""
+    read_wall: float
+    """Of a task, with what it waits for storage."""
+    write_wall: float
     start: float
     """Not a row's: until a worker has its model."""
 
@@ -130,7 +135,9 @@ def measure(
 
     labeler = load_labeler(bundle, config, pool)
     start_s = time.perf_counter() - started
-    tables, read_s = _timed(lambda: _read(folder, units, columns))
+    before = time.process_time()
+    tables, read_wall_s = _timed(lambda: _read(folder, units, columns))
+    read_s = time.process_time() - before
     images = [image for table in tables for image in image_values(table[columns.image])]
     captions = [caption for table in tables for caption in text_values(table[columns.caption])]
     labeled = TableLabeler(labeler, columns, KeptScores.parse(config.scores))(tables[0])
@@ -143,12 +150,15 @@ def measure(
         shown, decode_s = _timed(lambda: decoder.submit(images, captions)())
     model_s = min(_timed(lambda: labeler(shown, captions))[1] for _ in range(MODEL_REPEATS))
     num_rows = len(images)
+    write_s, write_wall_s = _write(labeled, units[0][0], scratch_uri)
     return Costs(
-        read_s / num_rows,
-        decode_s * num_threads / num_rows,
-        model_s / num_rows,
-        _write(labeled, units[0][0], scratch_uri) / labeled.num_rows,
-        start_s,
+        read=read_s / num_rows,
+        decode=decode_s * num_threads / num_rows,
+        model=model_s / num_rows,
+        write=write_s / labeled.num_rows,
+        read_wall=read_wall_s / num_rows,
+        write_wall=write_wall_s / labeled.num_rows,
+        start=start_s,
     )
 
 
@@ -161,8 +171,8 @@ def _read(folder: Folder, units: Sequence[tuple[DataFile, Unit]], columns: Colum
     ]
 
 
-def _write(labeled: pa.Table, file: DataFile, scratch_uri: str | None) -> float:
-    """Commit a shard, and take it away again; gives the seconds that the commit took.
+def _write(labeled: pa.Table, file: DataFile, scratch_uri: str | None) -> tuple[float, float]:
+    """Commit a shard, and take it away again; gives the seconds that the commit took: of a CPU, and in all.
 
     Where files have several shards, each row is written twice: in its piece, and as the piece is joined.
     """
@@ -170,17 +180,19 @@ def _write(labeled: pa.Table, file: DataFile, scratch_uri: str | None) -> float:
     with TemporaryDirectory() as local:
         scratch = Folder(scratch_uri or local)
         committer = Committer(scratch, "bench")
-        _, seconds = _timed(lambda: committer.commit(Shard(alone.path, 0, alone.num_rows), labeled, alone))
+        before = time.process_time()
+        _, wall_s = _timed(lambda: committer.commit(Shard(alone.path, 0, alone.num_rows), labeled, alone))
+        cpu_s, times = time.process_time() - before, 2 if len(file.shards) > 1 else 1
         scratch.remove(path for path in scratch.list() if "_bench.parquet" in path)
-    return seconds * (2 if len(file.shards) > 1 else 1)
+    return times * cpu_s, times * wall_s
 
 
 def predict(costs: Costs, pool: Pool, there: Resources, num_rows: int) -> Forecast:
     """Put the costs of the stages together.
 
     Without GPUs the stages share the CPUs, and their costs add up. With them the model has its GPUs to
-    itself, and the job goes as fast as the slower of the two. Of actors that share a GPU one was measured,
-    alone; together they do more.
+    itself. Tasks that wait for storage need no CPU, but there are only so many. The job goes as fast as the
+    slowest of these. Of actors that share a GPU one was measured, alone; together they do more.
     """
     workers = min(pool.maximum * pool.num_gpus, there.gpus) if pool.num_gpus else pool.maximum
     cpus = there.cpus if pool.num_gpus else min(there.cpus, workers * pool.num_threads)
@@ -188,13 +200,14 @@ def predict(costs: Costs, pool: Pool, there: Resources, num_rows: int) -> Foreca
     if not pool.num_gpus:
         on_cpus["model"] = costs.model * pool.num_threads
     rates = {stage: cpus / cost for stage, cost in on_cpus.items() if cost}
-    rows_per_s = cpus / sum(on_cpus.values())
-    limit = max(on_cpus, key=lambda stage: on_cpus[stage])
+    rates["read"] = min(rates["read"], pool.num_tasks / costs.read_wall)
+    rates["write"] = min(rates["write"], pool.num_tasks / costs.write_wall)
     if pool.num_gpus:
         rates["model"] = workers / costs.model
-        if rates["model"] < rows_per_s:
-            rows_per_s, limit = rates["model"], "model"
-    return Forecast(num_rows, costs, rates, rows_per_s, limit)
+    together, slowest = cpus / sum(on_cpus.values()), min(rates, key=lambda stage: rates[stage])
+    if rates[slowest] < together:
+        return Forecast(num_rows, costs, rates, rates[slowest], slowest)
+    return Forecast(num_rows, costs, rates, together, max(on_cpus, key=lambda stage: on_cpus[stage]))
 
 
 def as_table(found: Forecast) -> Table:

@@ -10,11 +10,13 @@ from mmray.datasets import Rows
 from mmray.pool import Pool
 from mmray.resources import Node, Resources
 
-COSTS = Costs(read=0.001, decode=0.004, model=0.002, write=0.001, start=9.0)
+COSTS = Costs(
+    read=0.001, decode=0.004, model=0.002, write=0.001, read_wall=0.001, write_wall=0.001, start=9.0
+)
 
 
 def test_on_cpus_the_costs_of_the_stages_add_up():
-    pool = Pool(minimum=1, maximum=2, num_cpus=1, num_gpus=0, num_threads=4, num_tasks=4, num_decoders=1)
+    pool = Pool(minimum=1, maximum=2, num_cpus=1, num_gpus=0, num_threads=4, num_tasks=8, num_decoders=1)
     found = predict(COSTS, pool, Resources({"a": Node(8)}), 100_000)
     assert found.rows_per_s == pytest.approx(8 / (0.001 + 0.004 + 4 * 0.002 + 0.001))
     assert found.limit == "model"
@@ -37,6 +39,14 @@ def test_with_gpus_the_slower_of_cpus_and_gpus_is_the_limit(cpus, maximum, num_g
     pool = Pool(**sizes, num_tasks=4, num_decoders=1)
     found = predict(COSTS, pool, Resources({"a": Node(cpus, 2)}), 1000)
     assert (found.limit, found.rows_per_s) == (limit, pytest.approx(rate))
+
+
+def test_tasks_that_wait_for_storage_take_no_cpu_but_there_are_only_so_many():
+    pool = Pool(minimum=1, maximum=2, num_cpus=1, num_gpus=0, num_threads=4, num_tasks=6, num_decoders=1)
+    there, quick = Resources({"a": Node(8)}), predict(COSTS, pool, Resources({"a": Node(8)}), 1000)
+    assert predict(COSTS._replace(read_wall=0.006), pool, there, 1000).rows_per_s == quick.rows_per_s
+    slow = predict(COSTS._replace(read_wall=0.06), pool, there, 1000)
+    assert (slow.limit, slow.rows_per_s, slow.rates["read"]) == ("read", *[pytest.approx(100)] * 2)
 
 
 def test_the_sample_takes_files_in_turns_until_it_holds_enough_rows(archive):
