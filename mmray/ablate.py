@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import ray
 
 from mmray.bundle import Bundle
-from mmray.config import AblationConfig, Columns, ComputeConfig
+from mmray.config import MAX_EPOCHS, AblationConfig, Columns, ComputeConfig, TrainConfig
 from mmray.datasets import Rows
 from mmray.errors import ConfigError, OutputError
 from mmray.fingerprints import fingerprint
@@ -98,19 +98,23 @@ def run_rounds(experiment: Experiment, places: Places, folder: Folder) -> dict[s
     ).rounds
     teacher, student = rounds[0]["metrics"], rounds[-1]["metrics"]  # of the last student, were it worse, too
     more = student["training"]["num_rows"] / teacher["training"]["num_rows"]
-    settings = experiment.train
-    longer = replace(
-        settings,
-        epochs=round(more * settings.epochs),
-        patience=round(more * settings.patience),
-        warmup_epochs=more * settings.warmup_epochs,
-    )
-    control = train(replace(experiment, train=longer), places, f"{folder}/more-steps")
+    control = replace(experiment, train=longer(experiment.train, more))
+    trained = train(control, places, f"{folder}/more-steps")
     return readings_of(student) | {
         "teacher": brief(teacher),
-        "more steps": brief(control),
+        "more steps": brief(trained),
         "seconds": sum(seconds_of(entry["metrics"]) for entry in rounds),
     }
+
+
+def longer(settings: TrainConfig, more: float) -> TrainConfig:
+    """Give a recipe of so many times the steps, as far as a recipe may go."""
+    return replace(
+        settings,
+        epochs=min(round(more * settings.epochs), MAX_EPOCHS),
+        patience=min(round(more * settings.patience), MAX_EPOCHS),
+        warmup_epochs=min(more * settings.warmup_epochs, MAX_EPOCHS),
+    )
 
 
 def brief(metrics: dict[str, Any]) -> dict[str, float]:

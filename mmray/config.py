@@ -29,6 +29,7 @@ TOWERS = ("image", "caption")
 ONLY_TOWER = {"image": "image", "text": "caption"}
 """Fusions of one tower alone, and which it is."""
 LOSSES = ("bce", "weighted-bce", "focal", "asymmetric")
+MAX_EPOCHS = 10_000
 
 
 @dataclass(frozen=True)
@@ -180,14 +181,14 @@ class TrainConfig:
             require_choice("--freeze", tower, TOWERS)
         if self.word_weight and "image" in self.freeze:
             raise ConfigError("--word-weight teaches the image tower, which --freeze image keeps as it is")
-        require_range("--epochs", self.epochs, 1, 10_000)
+        require_range("--epochs", self.epochs, 1, MAX_EPOCHS)
         require_range("--batch-size-per-worker", self.batch_size_per_worker, 1, 65_536)
         require_range("--learning-rate", self.learning_rate, 1e-8, 10)
         require_range("--weight-decay", self.weight_decay, 0, 10)
-        require_range("--warmup-epochs", self.warmup_epochs, 0, 10_000)
+        require_range("--warmup-epochs", self.warmup_epochs, 0, MAX_EPOCHS)
         require_range("--seed", self.seed, 0, 2**32 - 1)
         require_range("--ema-decay", self.ema_decay, 0, 0.999_999)
-        require_range("--patience", self.patience, 1, 10_000)
+        require_range("--patience", self.patience, 1, MAX_EPOCHS)
         require_range("--crop", self.crop, 0.05, 1)
         require_range("--colour", self.colour, 0, 1)
         require_range("--rand-augment", self.rand_augment, 0, 10)

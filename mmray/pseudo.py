@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 
 from mmray.config import SelfTrainConfig
 from mmray.datasets import Rows
-from mmray.errors import OutputError
+from mmray.errors import DataError, OutputError
 from mmray.fingerprints import differences, fingerprint
 from mmray.metrics import NUM_BINS, histogram
 from mmray.parquet import DataFile, read_footer, read_units
@@ -21,6 +22,8 @@ from mmray.schema import Vocabulary, score_matrix
 from mmray.selection import Cutoffs, Selection, write_selection
 from mmray.shards import MANIFEST
 from mmray.storage import Folder
+
+log = logging.getLogger(__name__)
 
 SELECTED = "selection.json"
 VERSION = 2
@@ -52,6 +55,9 @@ def select(
     if record is None:
         cutoffs = _cutoffs(unlabeled, labels, shares, config)
         files = list(_select_files(unlabeled, labels, target, vocabulary, cutoffs, config))
+        if unread := [file["unread"] for file in files if file["unread"]]:
+            told = "%s, in %d of %d files: how right the pseudo-labels of these are is not known"
+            log.warning(told, unread[0], len(unread), len(files))
         record = {"settings": settings, "files": {file["path"]: file["num_rows"] for file in files}}
         record["report"] = report_of(files, unlabeled.num_rows, vocabulary)
         target.publish_json(SELECTED, record)
@@ -97,14 +103,15 @@ def _select_files(
             write_selection(target, file.path, chosen, targets, mask)
         true = (scores[chosen] >= cutoffs.positive) & mask
         found = {"num_true": true.sum(0), "num_false": (mask & ~true).sum(0)}
-        truth, known = (each[chosen] for each in _truth(rows, file, vocabulary))
+        truth, known, unread = _truth(rows, file, vocabulary)
+        truth, known = truth[chosen], known[chosen]
         for kind, taken, right in (("true", true, truth), ("false", mask & ~true, ~truth)):
             found |= {
                 f"known_{kind}": (taken & known).sum(0),
                 f"right_{kind}": (taken & known & right).sum(0),
             }
         counts = {name: count.tolist() for name, count in found.items()}
-        return {"path": file.path, "num_rows": len(chosen), **counts}
+        return {"path": file.path, "num_rows": len(chosen), "unread": unread, **counts}
 
     for found in spread(lambda files: [write(file) for file in files], unlabeled.files):
         yield from found
@@ -115,19 +122,24 @@ def _scores(labels: Folder, path: str, num_labels: int) -> tuple[np.ndarray, np.
     return score_matrix(column["scores"], num_labels)
 
 
-def _truth(rows: Rows, file: DataFile, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
+def _truth(rows: Rows, file: DataFile, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray, str | None]:
     """Give what is true of a file's rows, bool (B, L), and of which rows that is known, bool (B, 1).
 
-    Labels that the vocabulary lacks say nothing here.
+    Labels that the vocabulary lacks say nothing here. Of labels that are none at all it is said why, and no
+    truth is known.
     """
-    name, shape = rows.columns.labels, (file.num_rows, len(vocabulary))
+    unknown = np.zeros((file.num_rows, len(vocabulary)), bool), np.zeros((file.num_rows, 1), bool)
+    name = rows.columns.labels
     schema = read_footer(rows.folder, file.path, file.size_bytes)[0].schema.to_arrow_schema()
-    if name not in schema.names or not file.num_rows:
-        return np.zeros(shape, bool), np.zeros((file.num_rows, 1), bool)
+    if name not in schema.names or pa.types.is_null(schema.field(name).type) or not file.num_rows:
+        return *unknown, None
     parts = [table[name] for _, _, table in read_units(rows.folder, file, file.units, [name])]
-    truth = np.concatenate([vocabulary.encode(part, others=True) for part in parts]).astype(bool)
+    try:
+        truth = np.concatenate([vocabulary.encode(part, others=True) for part in parts]).astype(bool)
+    except DataError as error:
+        return *unknown, f"{rows.folder}/{file.path}: {error}"
     known = np.concatenate([part.is_valid().to_numpy() for part in parts])
-    return truth, known[:, None]
+    return truth, known[:, None], None
 
 
 def report_of(files: list[dict[str, Any]], num_rows: int, vocabulary: Vocabulary) -> dict[str, Any]:

@@ -1,14 +1,18 @@
 """Self-training with real workers: what the teacher says, what is selected of it, what the student learns."""
 
 import io
+import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from mmray.ablate import Places, run_rounds
 from mmray.bundle import Bundle
 from mmray.config import Columns, ComputeConfig, ModelConfig, SelfTrainConfig, TrainConfig
 from mmray.datasets import Rows, count_labels, examples
@@ -21,6 +25,7 @@ from mmray.selection import as_matrix
 from mmray.self_train import SelfTrainingResult, as_table, self_train
 from mmray.storage import Folder
 from mmray.training_report import training_report
+from mmray.variants import Experiment
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -165,6 +170,47 @@ def test_the_student_sees_labeled_rows_and_the_selected_ones_as_they_were_select
         for chosen in pq.read_table(pseudo.selection.folder.path(path), partitioning=None).to_pylist():
             row = rows[chosen["row"]]
             assert seen[row["image"], row["caption"]] == (chosen["targets"], chosen["mask"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (pa.nulls(150), []),  # as pandas writes labels that were taken away
+        (pa.array(["cat", "dog"] * 75), ["labels of type string are no lists"]),
+    ],
+)
+def test_labels_that_are_none_end_no_round(result, places, tmp_path, caplog, labels, told):
+    labeled = [
+        pq.read_table(f"{places[1]}/{path}", partitioning=None) for path in ("a.parquet", "deep/b.parquet")
+    ]
+    hidden = pa.concat_tables(labeled).drop("labels").append_column("labels", labels)
+    (tmp_path / "rows/deep").mkdir(parents=True)
+    pq.write_table(hidden[:100], tmp_path / "rows/a.parquet")
+    pq.write_table(hidden[100:], tmp_path / "rows/deep/b.parquet")
+    shutil.copytree(f"{places[3]}/_rounds/1/labels", tmp_path / "round/labels")
+    unlabeled = Rows.find(str(tmp_path / "rows"), Columns(), needs=("image", "caption"))
+    vocabulary = result.bundle.vocabulary
+    shares = np.full(len(vocabulary), 0.3)
+    _, report = select(unlabeled, Folder(str(tmp_path / "round")), vocabulary, shares, CONFIG)
+    assert report["num_selected"] > 0
+    assert {label["known_true"] for label in report["by_label"].values()} == {0}
+    assert [line.message.count(each) for line in caplog.records for each in told] == [1] * len(told)
+    assert ("2 of 2 files" in caplog.text) == bool(told)
+
+
+def test_an_ablation_holds_the_student_against_its_teacher_and_more_steps(result, places, train):
+    """What is there already is not trained again, so that only the control is."""
+    where = Places(places[0], places[2], places[1], Columns(), TWO)
+    folder = Folder(str(Path(places[3]).parent))
+    readings = run_rounds(Experiment(MODEL, train, CONFIG), where, folder)
+    teacher, student = result.rounds[0]["metrics"], result.rounds[-1]["metrics"]
+    assert readings["whole"]["sample_f1"] == student["sample_f1"]
+    assert readings["teacher"]["sample_f1"] == teacher["sample_f1"]
+    control = folder.read_json("more-steps/metrics.json")
+    assert readings["more steps"]["sample_f1"] == control["sample_f1"]
+    assert control["training"]["num_rows"] == teacher["training"]["num_rows"]
+    more = student["training"]["num_rows"] / teacher["training"]["num_rows"]
+    assert len(control["history"]) == round(more) > 1
 
 
 def test_the_page_shows_epochs_rounds_and_what_is_confused(result, places):

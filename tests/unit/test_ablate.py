@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 from PIL import Image
 
-from mmray.ablate import METRICS, Places, ablate, as_csv, as_markdown, as_plot, summarise
+from mmray.ablate import METRICS, Places, ablate, as_csv, as_markdown, as_plot, longer, summarise
 from mmray.config import AXES, AblationConfig, Columns, ComputeConfig, ModelConfig, TrainConfig
 from mmray.errors import ConfigError
 from mmray.fingerprints import differences
@@ -99,6 +99,14 @@ def test_rows_are_written_as_csv_markdown_and_a_picture():
     assert f"{rows[0]['sample_f1']:.4f} ± {rows[0]['sample_f1_std']:.4f}" in lines[2]
     picture = Image.open(io.BytesIO(as_plot(rows)))
     assert picture.format == "PNG" and picture.width > 600
+
+
+@pytest.mark.parametrize(
+    ("more", "epochs", "patience", "warmup"), [(6.5, 78, 32, 6.5), (1e6, 10_000, 10_000, 1e4)]
+)
+def test_a_teacher_for_as_many_steps_has_a_recipe_that_may_be(more, epochs, patience, warmup):
+    settings = longer(TrainConfig(epochs=12, patience=5, warmup_epochs=1.0), more)
+    assert (settings.epochs, settings.patience, settings.warmup_epochs) == (epochs, patience, warmup)
 
 
 def test_self_training_without_unlabeled_rows_is_refused(tmp_path):
