@@ -1,9 +1,13 @@
 """An ablation with real training: the runs, the tables, and a rerun that trains nothing."""
 
+import time
+from pathlib import Path
+
 import pyarrow.parquet as pq
 import pytest
 
-from mmray.ablate import Places, ablate
+import mmray.ablate
+from mmray.ablate import Places, ablate, run_all
 from mmray.bundle import Bundle
 from mmray.config import AblationConfig, Columns, ComputeConfig, ModelConfig, TrainConfig
 from mmray.errors import OutputError
@@ -53,3 +57,26 @@ def test_variants_that_share_a_training_are_trained_once_and_a_rerun_trains_noth
     with pytest.raises(OutputError, match="other --val"):
         other = where._replace(val_uri=places[0])
         ablate(Experiment(MODEL, TRAIN), config, other, str(tmp_path / "out"))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_as_many_runs_as_are_asked_for_go_side_by_side(monkeypatch, tmp_path):
+    def run(experiment, places, folder):
+        """Wait for the other one of two; gives how many went at that time."""
+        number, running = experiment, Path(places)
+        (running / str(number)).touch()
+        deadline = time.monotonic() + 60
+        while not (running / str(number ^ 1)).exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        going = len(list(running.iterdir())) - len(list(running.glob("*-done")))
+        time.sleep(0.5)
+        (running / str(number)).rename(running / f"{number}-done")
+        return {"going": going}
+
+    monkeypatch.setattr(mmray.ablate, "run", run)
+    running = tmp_path / "running"
+    running.mkdir()
+    runs = {str(number): number for number in range(4)}
+    results = dict(run_all(runs, str(running), Folder(str(tmp_path)), 2, progress=False))
+    assert results.keys() == runs.keys()
+    assert [result["going"] for result in results.values()] == [2] * 4
