@@ -32,7 +32,7 @@ from mmray.variants import Experiment, Variant, of_all_seeds, suited, variants_o
 from mmray.warm_start import check_stages
 
 DATA = "data.json"
-VERSION = "2"
+VERSION = "3"
 """Of what is measured, and how."""
 METRICS = ("sample_f1", "map", "macro_f1", "ece")
 TITLES = {"sample_f1": "sample F1", "map": "mAP", "macro_f1": "macro F1", "ece": "ECE"}

@@ -174,7 +174,8 @@ def _read(folder: Folder, units: Sequence[tuple[DataFile, Unit]], columns: Colum
 def _write(labeled: pa.Table, file: DataFile, scratch_uri: str | None) -> tuple[float, float]:
     """Commit a shard, and take it away again; gives the seconds that the commit took: of a CPU, and in all.
 
-    Where files have several shards, each row is written twice: in its piece, and as the piece is joined.
+    Where files have several shards, each row is written twice, by other tasks: in its piece, and as the piece
+    is joined.
     """
     alone = replace(file, path="_bench.parquet", num_rows=labeled.num_rows, units=((0, labeled.num_rows),))
     with TemporaryDirectory() as local:
@@ -182,9 +183,9 @@ def _write(labeled: pa.Table, file: DataFile, scratch_uri: str | None) -> tuple[
         committer = Committer(scratch, "bench")
         before = time.process_time()
         _, wall_s = _timed(lambda: committer.commit(Shard(alone.path, 0, alone.num_rows), labeled, alone))
-        cpu_s, times = time.process_time() - before, 2 if len(file.shards) > 1 else 1
+        cpu_s = time.process_time() - before
         scratch.remove(path for path in scratch.list() if "_bench.parquet" in path)
-    return times * cpu_s, times * wall_s
+    return cpu_s * (2 if len(file.shards) > 1 else 1), wall_s
 
 
 def predict(costs: Costs, pool: Pool, there: Resources, num_rows: int) -> Forecast:
@@ -213,11 +214,13 @@ def predict(costs: Costs, pool: Pool, there: Resources, num_rows: int) -> Foreca
 def as_table(found: Forecast) -> Table:
     """Lay a forecast out for people."""
     table = Table(title=f"{found.num_rows:,} rows: {found.rows_per_s:,.0f} a second")
-    for name in ("stage", "ms a row, one worker", "rows/s, if it had the cluster to itself"):
+    for name in ("stage", "ms a row, one worker", "with waiting", "rows/s, if it had the cluster to itself"):
         table.add_column(name, justify="left" if name == "stage" else "right")
+    waiting = {"read": found.costs.read_wall, "write": found.costs.write_wall}
     for stage, rate in found.rates.items():
         mark = " (the limit)" if stage == found.limit else ""
-        table.add_row(f"{stage}{mark}", f"{1000 * getattr(found.costs, stage):.3f}", f"{rate:,.0f}")
+        wall = f"{1000 * waiting[stage]:.3f}" if stage in waiting else ""
+        table.add_row(f"{stage}{mark}", f"{1000 * getattr(found.costs, stage):.3f}", wall, f"{rate:,.0f}")
     return table
 
 

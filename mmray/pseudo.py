@@ -26,8 +26,8 @@ from mmray.storage import Folder
 log = logging.getLogger(__name__)
 
 SELECTED = "selection.json"
-VERSION = 2
-"""Of what is selected; the first one left out rows that surely bear no label."""
+VERSION = 3
+"""Of what is selected: the first left out rows that surely bear no label, the second took ties apart."""
 
 
 def select(

@@ -92,7 +92,7 @@ class Vocabulary:
             rows = rows.combine_chunks()
         try:
             rows = rows.fill_null([])
-            flat = rows.flatten().cast(self.arrow_type)
+            flat = pc.list_flatten(rows).cast(self.arrow_type)
         except pa.ArrowException as error:
             raise DataError(
                 f"labels of type {rows.type} are no lists of {self.arrow_type}: {error}"

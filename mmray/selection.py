@@ -51,10 +51,14 @@ class Cutoffs:
         """
         num_rows = histogram.sum(axis=1)
         edges = 1 / (1 + np.exp(-np.linspace(-MAX_LOGIT, MAX_LOGIT, NUM_BINS + 1)))
-        from_above = _bins_taken(histogram[:, ::-1], keep * shares * num_rows)
-        from_below = _bins_taken(histogram, keep * (1 - shares) * num_rows)
-        positive = np.where(from_above > 0, edges[NUM_BINS - from_above], np.inf)
-        negative = np.where(from_below > 0, edges[from_below], -np.inf)
+        num_positive, num_negative = keep * shares * num_rows, keep * (1 - shares) * num_rows
+        from_above, are_true = _bins_taken(histogram[:, ::-1], num_positive)
+        from_below, are_false = _bins_taken(histogram, num_negative)
+        # A label of which only presence or only absence joined would be learned as that.
+        lacks_true = (num_positive >= 1) & (are_true < num_positive / 2)
+        torn = lacks_true | (num_negative >= 1) & (are_false < num_negative / 2)
+        positive = np.where((from_above > 0) & ~torn, edges[NUM_BINS - from_above], np.inf)
+        negative = np.where((from_below > 0) & ~torn, edges[from_below], -np.inf)
         return cls(positive, np.minimum(negative, np.nextafter(positive, -np.inf)))
 
     def select(
@@ -80,17 +84,19 @@ class Cutoffs:
         return rows, targets[rows].astype(np.float32), known[rows]
 
 
-def _bins_taken(histogram: Array, expected: Array) -> NDArray[np.int64]:
-    """Give how many bins of each label are taken, (L,), the surest first: as hold no more rows than expected.
+def _bins_taken(histogram: Array, expected: Array) -> tuple[NDArray[np.int64], Array]:
+    """Give how many bins of each label are taken, the surest first, (L,), and how many rows they hold, (L,).
 
-    Ties are taken together: the surest bin that holds any row is taken even where it holds up to twice as
-    many, and the outermost, in which is all that is surer yet, whatever it holds.
+    They hold no more rows than expected. But ties are taken together: a further bin where without it there
+    would be less than half of these rows, and with it at most half as many again; and the outermost, in which
+    is all that is surer yet, whatever it holds.
     """
-    surest = (histogram > 0).argmax(axis=1)
-    tied = np.take_along_axis(histogram, surest[:, None], axis=1)[:, 0]
-    together = (expected >= 1) & ((surest == 0) | (tied <= 2 * expected))
-    taken = (histogram.cumsum(axis=1) <= expected[:, None]).sum(axis=1)
-    return np.where(together, np.maximum(taken, surest + 1), taken)
+    rows = np.concatenate([np.zeros((len(histogram), 1)), histogram.cumsum(axis=1)], axis=1)
+    labels, taken = np.arange(len(rows)), (rows[:, 1:] <= expected[:, None]).sum(axis=1)
+    further = np.minimum(taken + 1, NUM_BINS)
+    tied = (rows[labels, taken] < expected / 2) & (rows[labels, further] <= 1.5 * expected)
+    taken = np.where((expected >= 1) & (tied | (taken == 0)), further, taken)
+    return taken, rows[labels, taken]
 
 
 class Selection(NamedTuple):

@@ -68,9 +68,11 @@ def test_as_many_runs_as_are_asked_for_go_side_by_side(monkeypatch, tmp_path):
         deadline = time.monotonic() + 60
         while not (running / str(number ^ 1)).exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        going = len(list(running.iterdir())) - len(list(running.glob("*-done")))
-        time.sleep(0.5)
-        (running / str(number)).rename(running / f"{number}-done")
+        going = len(list(running.glob("?"))) - len(list(running.glob("?-done")))
+        (running / f"{number}-counted").touch()
+        while not (running / f"{number ^ 1}-counted").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (running / f"{number}-done").touch()
         return {"going": going}
 
     monkeypatch.setattr(mmray.ablate, "run", run)

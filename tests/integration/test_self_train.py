@@ -194,7 +194,9 @@ def test_labels_that_are_none_end_no_round(result, places, tmp_path, caplog, lab
     _, report = select(unlabeled, Folder(str(tmp_path / "round")), vocabulary, shares, CONFIG)
     assert report["num_selected"] > 0
     assert {label["known_true"] for label in report["by_label"].values()} == {0}
-    assert [line.message.count(each) for line in caplog.records for each in told] == [1] * len(told)
+    assert [
+        line.message.count(each) for line in caplog.records if line.name == "mmray.pseudo" for each in told
+    ] == [1] * len(told)
     assert ("2 of 2 files" in caplog.text) == bool(told)
 
 

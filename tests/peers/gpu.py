@@ -7,7 +7,8 @@ job        `label_dataset` on Ray, by rows of the second half of the files: a po
            while the model loads and compiles
 decoding   threads and processes that do nothing but decode, as many as there are CPUs
 
-FOLDER holds Parquet files of images and captions; each is labeled `--copies` times. All of it in bf16, eager
+FOLDER holds Parquet files of images and captions; each is labeled `--copies` times: so many that the job
+takes minutes, or all may have been decoded before the model is there. All of it in bf16, eager
 and with `--compile`; the job with its decoding on the GPU, in a pool and beside the model, and with one actor
 on the GPU and two.
 """
@@ -139,6 +140,8 @@ def main(
         rows = Path(scratch) / "rows"
         rows.mkdir()
         paths = sorted(source.glob("*.parquet"))
+        if len(paths) * copies < 4:
+            raise click.UsageError(f"{len(paths)} files of {copies} copies are too few for a second half")
         for number, path in enumerate(paths * copies):
             shutil.copy(path, rows / f"{number:04}.parquet")
         texts = [

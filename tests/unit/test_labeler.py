@@ -208,18 +208,19 @@ def test_what_waits_behind_a_row_that_hangs_is_given_up_with_it():
         released.set()
 
 
-def test_two_rows_that_hang_leave_others_one_new_set_of_threads():
+def test_of_two_rows_that_hang_one_renews_the_threads():
     decoder, released = RowDecoder("image", 32, 2), threading.Event()
     decoder.timeout_s, decoder.decode = 0.5, lambda *given: released.wait(60)
-    with ThreadPoolExecutor(2) as callers:
-        calls = [callers.submit(decoder.submit([TEXT], [None])) for _ in range(2)]
-        try:
-            assert all(isinstance(call.exception(), HungError) for call in calls)
-            decoder.decode = decode_row
-            (row,) = decoder.submit([JPEG], [None])()
-            assert row.status is OK
-        finally:
-            released.set()
+    waiting = [decoder.submit([TEXT], [None]) for _ in range(2)]
+    try:
+        threads = [decoder.threads]
+        for wait in waiting:
+            with pytest.raises(HungError, match="not decoded within"):
+                wait()
+            threads.append(decoder.threads)
+        assert threads[0] is not threads[1] is threads[2]
+    finally:
+        released.set()
 
 
 def test_as_many_large_images_as_there_are_threads_have_the_time_to_take_turns():

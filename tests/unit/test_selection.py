@@ -54,13 +54,27 @@ def test_scores_too_sure_to_be_told_apart_are_taken_together():
     assert (len(rows), targets.sum()) == (990, 40)
 
 
-@pytest.mark.parametrize(("share", "taken"), [(0.05, 60), (0.02, 0)])
-def test_rows_with_the_same_score_are_taken_together_unless_they_are_far_too_many(share, taken):
-    """As rows with the same caption have; a label of which nothing joins but absences would be unlearned."""
-    scores = np.array([0.99] * 60 + [0.2] * 940, np.float32)[:, None]
-    cutoffs = Cutoffs.by_frequency(counted(scores), np.array([share]), 1.0)
-    _, targets, _ = cutoffs.select(scores, np.ones(1000, bool), soft=False)
-    assert targets.sum() == taken
+@pytest.mark.parametrize(
+    ("share", "keep", "true", "false"),
+    [(0.05, 1.0, 61, 939), (0.02, 1.0, 0, 0), (0.0, 1.0, 0, 1000), (0.05, 0.0, 0, 0)],
+)
+def test_rows_with_one_score_are_taken_together_or_the_label_stays_unknown(share, keep, true, false):
+    """As rows with the same caption have. Of absences alone the student would unlearn the label."""
+    scores = np.array([0.995] + [0.99] * 60 + [0.2] * 939, np.float32)[:, None]
+    assert taken(scores, share, keep) == (true, false)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.95])
+@pytest.mark.parametrize("keep", [0.5, 0.8, 1.0])
+def test_a_label_that_has_the_same_score_everywhere_stays_unknown(share, keep):
+    assert taken(np.full((1000, 1), 0.3, np.float32), share, keep) == (0, 0)
+
+
+def taken(scores, share, keep):
+    """Give how many rows bear the one label for the student, and how many do not."""
+    cutoffs = Cutoffs.by_frequency(counted(scores), np.array([share]), keep)
+    _, targets, mask = cutoffs.select(scores, np.ones(len(scores), bool), soft=False)
+    return targets[mask].sum(), (targets[mask] == 0).sum()
 
 
 def test_the_surest_are_taken():
