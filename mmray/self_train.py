@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,9 @@ log = logging.getLogger(__name__)
 
 ROUNDS = "_rounds"
 REPORT = f"{ROUNDS}/report.json"
+
+ROUND = ("round", "rows joined", "labels", "precision", "sample F1", "mAP", "macro F1", "gain")
+"""What is told of each."""
 
 EVERYTHING = LabelConfig(max_failed_fraction=1)
 """Rows that fail teach nothing, and end nothing."""
@@ -127,16 +131,24 @@ def publish_best(bundle: Folder, output: Folder) -> None:
 
 
 def as_table(result: SelfTrainingResult) -> Table:
-    """Lay the rounds out for people: what joined, how right it was, and what it gained."""
+    """Lay the rounds out for people."""
     table = Table(title="self-training")
-    for name in ("round", "rows joined", "labels", "precision", "sample F1", "mAP", "macro F1", "gain"):
+    for name in ROUND:
         table.add_column(name, justify="right")
-    for number, entry in enumerate(result.rounds):
-        metrics, teacher = entry["metrics"], result.rounds[max(0, number - 1)]["metrics"]
+    for cells in round_cells(result.rounds, result.best):
+        table.add_row(*cells)
+    return table
+
+
+def round_cells(rounds: Sequence[dict[str, Any]], best: int) -> list[list[str]]:
+    """Say of each round, in the order of ROUND, what joined, how right it was, and what it gained."""
+    rows = []
+    for number, entry in enumerate(rounds):
+        metrics, teacher = entry["metrics"], rounds[max(0, number - 1)]["metrics"]
         scores = [f"{metrics[name]:.4f}" for name in ("sample_f1", "map", "macro_f1")]
         gain = f"{metrics['sample_f1'] - teacher['sample_f1']:+.4f}" if number else ""
-        table.add_row(f"{number}{' *' if number == result.best else ''}", *_joined(entry), *scores, gain)
-    return table
+        rows.append([f"{number}{' (kept)' if number == best else ''}", *_joined(entry), *scores, gain])
+    return rows
 
 
 def _joined(entry: dict[str, Any]) -> tuple[str, str, str]:

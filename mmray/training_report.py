@@ -18,7 +18,7 @@ from mmray.decisions import decide
 from mmray.errors import BundleError
 from mmray.metrics import THRESHOLDS
 from mmray.page import Cell, Page, Section, Table
-from mmray.self_train import REPORT, ROUNDS
+from mmray.self_train import REPORT, ROUND, ROUNDS, round_cells
 from mmray.start import RUN
 from mmray.storage import Folder
 from mmray.validation import VALIDATION, Validation
@@ -110,16 +110,10 @@ def by_epoch(metrics: dict[str, Any]) -> Section:
 
 def by_round(report: dict[str, Any]) -> Section:
     """Show what each round of self-training gave."""
-    rows = []
-    for number, entry in enumerate(report["rounds"]):
-        selection = entry.get("selection")
-        joined = f"{selection['num_selected']:,} of {selection['num_rows']:,}" if selection else "-"
-        name = f"{number}{' (kept)' if number == report['best'] else ''}"
-        rows.append([name, joined, *(f"{entry['metrics'][metric]:.4f}" for metric in METRICS)])
     return Section(
         "Rounds of self-training",
         "Round 0 is the first teacher; each teaches the next one.",
-        [Table(("round", "rows joined", *METRICS.values()), rows)],
+        [Table(ROUND, round_cells(report["rounds"], report["best"]))],
     )
 
 

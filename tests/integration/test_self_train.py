@@ -222,8 +222,12 @@ def test_the_page_shows_epochs_rounds_and_what_is_confused(result, places):
     assert len(list((Folder(places[3]) / "_rounds/1/bundle/_train").list(".mmray"))) == 1
     (epochs,), (rounds,) = sections["Epochs"].tables, sections["Rounds of self-training"].tables
     assert epochs.rows[0][:2] == ["1 (kept)", f"{metrics['loss']:.4f}"]
-    assert [row[2] for row in rounds.rows] == [
+    told = [dict(zip(rounds.columns, row, strict=True)) for row in rounds.rows]
+    assert [row["sample F1"] for row in told] == [
         f"{entry['metrics']['sample_f1']:.4f}" for entry in result.rounds
+    ]
+    assert [row["rows joined"].partition(" ")[0] for row in told[1:]] == [
+        str(entry["selection"]["num_selected"]) for entry in result.rounds[1:]
     ]
     trained = {row[0]: row[-1] for row in sections["Labels"].tables[0].rows}
     truth = Counter(label for labels in pq.read_table(places[0])["labels"].to_pylist() for label in labels)
