@@ -8,7 +8,8 @@ beside touches all alike. The order of a turn is drawn anew each time.
 rows_per_s      steady: all rows, from when the first model is there until the last batch, by what the model
                 writes down whichever engine feeds it (`hooks/peer_models.py`). What comes before and after
                 is in wall_s.
-wall_s          from the command's start to its exit.
+wall_s          from the command's start to its exit. What a job takes that starts Ray as mmray's jobs do,
+                and does nothing, is measured apart: `ray_alone_s`.
 cpu_s_per_1000_rows  of all its processes.
 peak_bytes      of PSS, of all its processes together, Ray's daemons with them, sampled twice a second: in a
                 turn of its own before the others, which sampling would slow down.
@@ -50,6 +51,8 @@ JOBS = HERE.parents[1] / "jobs"
 DAFT = HERE.parents[1] / "build" / "peers"
 """Where `make bench` puts Daft and the pyarrow that it wants."""
 SAME_SCORES = 1e-5
+NOTHING = "from mmray.cli import cluster\nwith cluster():\n    pass"
+"""A job that starts Ray, and ends."""
 
 
 class Engine(NamedTuple):
@@ -187,6 +190,12 @@ def forecast(workload: Workload, scratch: Path) -> dict[str, Any]:
     return json.loads((scratch / "forecast.json").read_text())
 
 
+def ray_alone(repeats: int) -> float:
+    """Give the median seconds of a job that starts Ray and ends."""
+    command = [sys.executable, "-c", NOTHING]
+    return statistics.median(run_command(command, memory=False).wall_s for _ in range(repeats))
+
+
 def as_table(title: str, results: list[dict[str, Any]]) -> Table:
     """Lay results out for people: medians, and ranges of the speed."""
     table = Table(title=title)
@@ -234,6 +243,8 @@ def main(
     import peer_models  # noqa: F401
 
     folder, results, forecasts = Path(state).absolute(), [], []
+    alone_s = ray_alone(repeats)
+    click.echo(f"a job that starts Ray and ends: {alone_s:.1f} s, the median of {repeats}")
     chosen = [name for name in ENGINES if not names or name in (*names, "loop")]
     for model, num_rows in {"stub": stub_rows, "efficientnet_b0": model_rows}.items():
         for kind in (workloads.photos, workloads.coco18):
@@ -251,7 +262,7 @@ def main(
                 click.echo(f"forecast: {told['rows_per_s']:.1f} rows/s, {share:.2f} of the run's")
             forecasts.append({"workload": name, **told})
             record = {"date": date.today().isoformat(), "machine": machine(), "repeats": repeats}
-            content = {**record, "results": results, "forecasts": forecasts}
+            content = {**record, "ray_alone_s": alone_s, "results": results, "forecasts": forecasts}
             Path(output).parent.mkdir(parents=True, exist_ok=True)
             Path(output).write_text(json.dumps(content, indent=1) + "\n")
 
