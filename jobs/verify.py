@@ -23,7 +23,9 @@ def main(input_uri: str, output_uri: str) -> None:
         found = verify_dataset(input_uri, output_uri)
     for problem in found.problems:
         click.echo(problem)
-    click.echo(f"{found.num_files:,} files, {found.num_rows:,} rows: {len(found.problems) or 'no'} problems")
+    skipped = f" ({found.num_skipped:,} others were skipped as unreadable)" if found.num_skipped else ""
+    checked = f"{found.num_files:,} files, {found.num_rows:,} rows{skipped}"
+    click.echo(f"{checked}: {len(found.problems) or 'no'} problems")
     sys.exit(EXIT_BAD_RESULT if found.problems else 0)
 
 

@@ -14,7 +14,8 @@ from typing import BinaryIO
 def prepared(target: str, data: bytes | Path) -> Iterator[str]:
     """Give a temporary file beside the target that holds the data, safe on disk; removed at the end."""
     folder, name = os.path.split(target)
-    temporary = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}.tmp")
+    # Of the name only a part, or it might be too long with what is added.
+    temporary = os.path.join(folder, f".{name[:50]}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with _create(temporary) as file:
             if isinstance(data, Path):

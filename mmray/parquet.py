@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from mmray.columns import holds_uris, refuse_pickles
 from mmray.errors import DataError, one_line
 from mmray.faults import moment
-from mmray.rowgroups import DAMAGE, RowGroups
+from mmray.rowgroups import DAMAGE, RowGroups, read_schema
 from mmray.storage import Folder, visible
 
 MAX_SHARD_ROWS = 1000
@@ -142,7 +142,7 @@ def describe_files(
             if min(counts, default=0) < 0 or sum(counts) != metadata.num_rows:
                 raise ValueError(f"{metadata.num_rows} rows, and row groups of {counts[:5]}")
             sizes = [(group.num_rows, _column_bytes(group, image_column)) for group in groups]
-            schema = metadata.schema.to_arrow_schema()
+            schema = read_schema(metadata)
             _require_names(schema, f"{folder}/{path}")
             refuse_pickles(schema, f"{folder}/{path}")
             if image_column in schema.names and holds_uris(schema.field(image_column).type):
@@ -250,11 +250,18 @@ def read_units(
     Raises:
         DataError: the file is not the one that was planned, or a row group is damaged and not salvaged.
     """
-    metadata, sha256 = read_footer(folder, file.path, file.size_bytes)
-    if sha256 != file.footer_sha256:
-        raise DataError(f"{folder}/{file.path} has changed since it was planned; label it as a new dataset")
+
+    def check() -> pq.FileMetaData:
+        metadata, sha256 = read_footer(folder, file.path, file.size_bytes)
+        if sha256 != file.footer_sha256:
+            raise DataError(
+                f"{folder}/{file.path} has changed since it was planned; label it as a new dataset"
+            )
+        return metadata
+
+    metadata = check()
     ends = np.cumsum([metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)])
-    with RowGroups(folder, file.path, file.size_bytes, metadata, columns, salvage) as row_groups:
+    with RowGroups(folder, file.path, file.size_bytes, metadata, columns, salvage, check) as row_groups:
         for unit in units:
             moment("before read", f"{file.path} {unit[0]}-{unit[-1]}")
             inside = [index for index in range(len(ends)) if _overlaps(unit, ends, index)]
@@ -283,5 +290,7 @@ def _regroup(
 def _column_bytes(group: Any, name: str) -> int:
     columns = (group.column(index) for index in range(group.num_columns))
     return sum(
-        column.total_uncompressed_size for column in columns if column.path_in_schema.split(".")[0] == name
+        column.total_uncompressed_size
+        for column in columns
+        if f"{column.path_in_schema}.".startswith(f"{name}.")
     )

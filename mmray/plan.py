@@ -140,7 +140,11 @@ class Plan:
     def append(
         self, output: Folder, files: Iterable[DataFile], skipped: dict[str, str] | None = None
     ) -> Plan:
-        """Publish files, and others that are skipped, as a further part of the plan, and give the whole."""
+        """Publish files, and others that are skipped, as a further part of the plan, and give the whole.
+
+        Raises:
+            OutputError: another job, which took this one's lease over, has planned in the meantime.
+        """
         added = tuple(files)
         record = {
             "schema_version": SCHEMA_VERSION,
@@ -153,7 +157,8 @@ class Plan:
         pq.write_table(
             table.replace_schema_metadata({RECORD_KEY: json.dumps(record)}), part, compression="zstd"
         )
-        output.publish(f"{PLAN}/{self.parts:05}.parquet", part.getvalue())
+        if not output.create(f"{PLAN}/{self.parts:05}.parquet", part.getvalue()):
+            raise OutputError(f"{output} was planned by another job meanwhile; run the same command again")
         left_out = _without(self.skipped, added) | (skipped or {})
         return Plan(self.files + added, self.settings, self.parts + 1, left_out)
 
@@ -264,14 +269,13 @@ def find_work(output: Folder, plan: Plan) -> Work:
     for file in plan.files:
         if file.path in present:
             continue
+        pieces = present if len(file.shards) > 1 else {}  # one shard is the file itself
         missing = [
-            unit
-            for unit in file.units
-            if any(shard.piece not in present for shard in shards_of(file, [unit]))
+            unit for unit in file.units if any(shard.piece not in pieces for shard in shards_of(file, [unit]))
         ]
-        if not missing and len(file.shards) > 1:
+        if not missing:
             work.unjoined.append(file)
             continue
         work.pending.append((file, missing))
-        work.committed.update(shard for shard in shards_of(file, missing) if shard.piece in present)
+        work.committed.update(shard for shard in shards_of(file, missing) if shard.piece in pieces)
     return work

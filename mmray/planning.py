@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +18,7 @@ from mmray.images import DECODER, GPU_DECODER
 from mmray.parquet import MAX_SHARD_BYTES, MAX_SHARD_ROWS, DataFile, describe_files
 from mmray.plan import Plan, cut_to
 from mmray.retry import Earlier, require_same_files, require_same_settings
-from mmray.schema import passthrough_names
+from mmray.schema import PREDICTION_COLUMNS, passthrough_names
 from mmray.shards import SUCCESS
 from mmray.storage import Folder, visible
 
@@ -102,7 +105,17 @@ def _describe(
         renamed |= _require_usable(schema, columns, f"{folder}/{file.path}")
     for before, after in renamed.items():
         log.info("the input has a column %s: it becomes %s in the output", before, after)
+    _warn_of_partitions(file for file, _ in described)
     return [file for file, _ in described], unreadable
+
+
+def _warn_of_partitions(files: Iterable[DataFile]) -> None:
+    """Say so where a reader of the output would take its folders' names for one of its columns."""
+    folders = chain.from_iterable(file.path.split("/")[:-1] for file in files)
+    keys = {folder.partition("=")[0] for folder in folders if "=" in folder}
+    for key in sorted(keys.intersection(PREDICTION_COLUMNS)):
+        told = "the folders %s=… are called like a column of the output: read it with partitioning=None"
+        log.warning(told, key)
 
 
 def find_plan(output: Folder) -> Plan | None:
@@ -123,8 +136,13 @@ def refuse_inside(output: Folder, source: Folder) -> None:
     Raises:
         OutputError: it does.
     """
-    if f"{output}/".startswith(f"{source}/"):
+    if f"{_place(output)}/".startswith(f"{_place(source)}/"):
         raise OutputError(f"{output} lies in the input {source}: the next run would label its own labels")
+
+
+def _place(folder: Folder) -> str:
+    """Name a folder as no link and no relative path does."""
+    return os.path.realpath(folder.root) if folder.is_local else folder.uri
 
 
 def _refuse_decided(plan: Plan, output: object) -> None:

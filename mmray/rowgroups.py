@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO, Self
 
 import pyarrow as pa
@@ -13,6 +13,9 @@ from mmray.errors import DataError, one_line
 from mmray.storage import Folder
 
 READ_BUFFER_BYTES = 8 << 20
+INT96_UNIT = "us"
+"""Of timestamps as Spark writes them: nanoseconds in 64 bits reach from 1677 to 2262, and others wrap."""
+
 DAMAGE = "_mmray_damage"
 """Column of salvaged rows: string, the reason why their row group could not be read, null in sound rows."""
 
@@ -28,8 +31,10 @@ class RowGroups:
         metadata: pq.FileMetaData,
         columns: Sequence[str] | None,
         salvage: bool,
+        check: Callable[[], object],
     ) -> None:
-        """Open the file; see `read_units`."""
+        """Open the file; see `read_units`. `check` raises where it is another one by now."""
+        self.check = check
         self.folder, self.path, self.size = folder, path, size
         self.metadata, self.salvage = metadata, salvage
         self.source, self.parquet = self._open()
@@ -68,6 +73,7 @@ class RowGroups:
 
     def _salvaged(self, index: int, first: int, end: int, batch_size: int) -> Iterator[pa.RecordBatch]:
         """Read the rest of a row group anew, each column for itself: what failed in passing is whole now."""
+        self.check()  # the row groups of another file would look damaged, too
         columns: list[pa.Array] = []
         reasons: list[str] = []
         source, parquet = self._open()
@@ -95,7 +101,8 @@ class RowGroups:
             if not _is_damage(error):
                 raise
             reason = one_line(error, 200)
-        return pa.nulls(num_rows, self.schema.field(name).type), reason
+        # pa.nulls() would put nulls into a struct's children that may hold none.
+        return pa.array([None] * num_rows, self.schema.field(name).type), reason
 
     def _batch(self, columns: list[pa.Array], num_rows: int, damage: str | None = None) -> pa.RecordBatch:
         reasons = [pa.array([damage] * num_rows, pa.string())] if self.salvage else []
@@ -105,8 +112,18 @@ class RowGroups:
         source = self.folder.open(self.path, self.size)
         # Without pre_buffer a large row group is read as it is decoded, not held as a whole.
         return source, pq.ParquetFile(
-            source, metadata=self.metadata, pre_buffer=False, buffer_size=READ_BUFFER_BYTES
+            source,
+            metadata=self.metadata,
+            pre_buffer=False,
+            buffer_size=READ_BUFFER_BYTES,
+            coerce_int96_timestamp_unit=INT96_UNIT,
         )
+
+
+def read_schema(metadata: pq.FileMetaData) -> pa.Schema:
+    """Give the schema in which the rows of a file are read."""
+    nothing = pa.BufferReader(b"PAR1")
+    return pq.ParquetFile(nothing, metadata=metadata, coerce_int96_timestamp_unit=INT96_UNIT).schema_arrow
 
 
 def _is_damage(error: Exception) -> bool:

@@ -196,13 +196,14 @@ class Records:
         self._unpublished.append(record.path)
 
     def forget(self, paths: Iterable[str]) -> None:
-        """Drop files that are to be labeled, on storage too; and the manifest, which is then incomplete."""
+        """Drop files that are to be labeled, on storage too; and what says that the output is whole."""
         gone = {*paths}
         if not gone or not (self._manifest or self.found.keys() & gone):
             return
         self.found = {path: record for path, record in self.found.items() if path not in gone}
         self._replace([*self._parts], [*self.found])
-        self.output.remove([MANIFEST] if self._manifest else [])
+        for mark in (SUCCESS, MANIFEST) if self._manifest else ():
+            self.output.remove([mark])
         self._manifest = None
 
     def publish(self) -> None:
@@ -254,7 +255,7 @@ def finished_manifest(output: Folder, plan: Plan) -> dict[str, Any] | None:
 def finish(
     output: Folder, plan: Plan, records: Iterable[FileRecord], versions: dict[str, str]
 ) -> dict[str, Any]:
-    """Publish the manifest, remove what only an unfinished output needs, and publish `_SUCCESS`.
+    """Publish the manifest, remove what a finished output does not need, and publish `_SUCCESS`.
 
     Returns:
         The manifest.
@@ -272,5 +273,8 @@ def finish(
     }
     output.publish_json(MANIFEST, manifest)
     output.remove(f"{place}/{path}" for place in (PIECES, RECORDS) for path in (output / place).list())
+    rejections = {f"{record.path}.jsonl" for record in files if record.counts.keys() & {*REJECTED}}
+    stale = (output / REJECTIONS).list(".jsonl").keys() - rejections  # of files that were labeled twice
+    output.remove(f"{REJECTIONS}/{path}" for path in stale)
     output.publish(SUCCESS, b"")
     return manifest

@@ -19,6 +19,7 @@ from mmray.fingerprints import differences
 from mmray.parquet import DataFile, find_files, read_footer, read_units
 from mmray.plan import SCHEMA_VERSION, Plan
 from mmray.resources import spread
+from mmray.rowgroups import read_schema
 from mmray.schema import KeptScores, Status, Vocabulary, output_schema, passthrough_names, prediction_fields
 from mmray.shards import MANIFEST, SUCCESS, FileRecord
 from mmray.storage import Folder, visible
@@ -32,6 +33,8 @@ class Verification:
     num_rows: int
     problems: list[str]
     """A line for each: the file, the row where the input shows it, and what is wrong."""
+    num_skipped: int
+    """Files that --skip-unreadable-files left out."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def verify_dataset(input_uri: str, output_uri: str) -> Verification:
 
     entries = [(file, listed.get(file.path, {})) for file in checkable]
     problems += chain.from_iterable(spread(check, entries))
-    return Verification(len(plan.files), plan.num_rows, sorted(problems))
+    return Verification(len(plan.files), plan.num_rows, sorted(problems), len(plan.skipped))
 
 
 def _compare_lists(
@@ -123,7 +126,7 @@ def check_file(
         return
     try:
         metadata, _ = read_footer(source, file.path, file.size_bytes)
-        schema = metadata.schema.to_arrow_schema()
+        schema = read_schema(metadata)
     except (pa.ArrowException, DataError) as error:
         yield f"{file.path}: its input cannot be read ({one_line(error)})"
         return

@@ -509,7 +509,8 @@ def test_a_damaged_row_group_and_an_unreadable_file_cost_themselves_alone(draw_r
     assert not (output / "late.parquet").exists()
     manifest = json.loads((output / "_mmray" / "manifest.json").read_text())
     assert list(manifest["skipped"]) == ["late.parquet"]
-    assert verify_dataset(str(source), str(output)).problems == []
+    found = verify_dataset(str(source), str(output))
+    assert (found.problems, found.num_files, found.num_skipped) == ([], 2, 1)
 
     (source / "late.parquet").write_bytes(sound)
     label_dataset(str(source), bundle_uri, str(output), config=config, extend=True)

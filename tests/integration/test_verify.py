@@ -161,6 +161,7 @@ def test_the_exit_status_tells_right_from_different_from_no_output(archive, labe
         return CliRunner().invoke(command, ["--input", str(archive.folder), "--output", str(folder)])
 
     assert run(labeled).exit_code == 0
+    assert "skipped" not in run(labeled).output
     rewrite(output, lambda table: with_value(table, "caption", 1, "another"))
     different = run(output)
     assert different.exit_code == 1

@@ -4,6 +4,7 @@ import io
 import os
 import re
 from dataclasses import replace
+from datetime import datetime
 from itertools import chain, pairwise
 from unittest.mock import patch
 
@@ -192,11 +193,13 @@ def test_image_bytes_are_counted_of_plain_columns_and_of_structs(folder):
     images = [bytes([row]) * 1000 for row in range(50)]
     plain = pa.table({"image": images, "image_id": [str(row) for row in range(50)]})
     nested = pa.table({"image": [{"bytes": image, "path": None} for image in images]})
-    counted = [
-        write(folder, f"{rows.num_columns}.parquet", rows, [50]).image_bytes for rows in (plain, nested)
-    ]
-    for num_bytes in counted:
-        assert 50_000 <= num_bytes < 55_000
+    flat = pa.table({"image.bytes": images, "image": ["x"] * 50, "image.bytes2": images})
+    for rows, column in ((plain, "image"), (nested, "image"), (flat, "image.bytes")):
+        target = io.BytesIO()
+        pq.write_table(rows, target)
+        folder.publish("a.parquet", target.getvalue())
+        ((file, _),) = describe_files(folder, folder.list(), column)
+        assert 50_000 <= file.image_bytes < 55_000
 
 
 def test_a_file_survives_the_way_through_json(folder):
@@ -474,6 +477,44 @@ def test_a_large_row_group_that_ends_in_damage_gives_all_its_rows(folder):
     assert all(rows.num_rows == end - first for first, end, rows in parts)
     reasons = pa.concat_tables(rows for _, _, rows in parts)[DAMAGE]
     assert reasons[-1].is_valid
+
+
+def test_a_damaged_struct_of_required_values_is_null_and_can_be_written(folder, tmp_path):
+    """As Spark writes its primitives."""
+    kind = pa.struct([pa.field("a", pa.int32(), nullable=False)])
+    table = pa.table({"kept": range(20), "size": pa.array([{"a": row} for row in range(20)], kind)})
+    file = write(folder, "a.parquet", table, [10, 10])
+    damage(folder, "a.parquet", 1, "size")
+    ((_, _, rows),) = read_units(folder, file, file.units, salvage=True)
+    pq.write_table(rows, tmp_path / "written.parquet")
+    written = pq.read_table(tmp_path / "written.parquet")
+    assert written["size"].to_pylist() == [{"a": row} for row in range(10)] + [None] * 10
+
+
+def test_a_file_that_is_overwritten_while_it_is_read_is_not_taken_for_damaged(folder):
+    file = write(folder, "a.parquet", make_table(2000), [1000, 1000])
+    reading = read_units(folder, file, file.units, salvage=True)
+    next(reading)
+    content = folder.read("a.parquet")
+    with open(folder.path("a.parquet"), "r+b") as overwritten:
+        overwritten.write(bytes(len(content) - 4000))
+        overwritten.write(content[-4000:].replace(b"parquet-cpp", b"parquet-CPP"))
+    with pytest.raises(DataError, match=r"a\.parquet has changed since it was planned"):
+        next(reading)
+
+
+def test_timestamps_of_96_bits_reach_as_far_as_their_years(folder):
+    """As Spark writes them; dates without an end are often of the year 9999."""
+    times = [datetime(9999, 12, 31), datetime(1, 1, 1), datetime(2026, 11, 28, 7, 28, 34, 123456), None]
+    target = io.BytesIO()
+    pq.write_table(
+        pa.table({"until": times, "image": [b""] * 4}), target, use_deprecated_int96_timestamps=True
+    )
+    folder.publish("a.parquet", target.getvalue())
+    ((file, schema),) = describe_files(folder, folder.list(), "image")
+    ((_, _, rows),) = read_units(folder, file, file.units)
+    assert rows["until"].to_pylist() == times
+    assert rows.schema.equals(schema)
 
 
 def test_storage_that_fails_is_not_taken_for_damage(folder):

@@ -8,11 +8,11 @@ import pytest
 
 from mmray.bundle import Bundle
 from mmray.config import Columns, LabelConfig
-from mmray.errors import DataError
+from mmray.errors import DataError, OutputError
 from mmray.fingerprints import differences
 from mmray.parquet import find_files
 from mmray.plan import Plan, find_work
-from mmray.planning import labeling_settings, plan_labeling
+from mmray.planning import labeling_settings, plan_labeling, refuse_inside
 from mmray.storage import Folder
 
 
@@ -146,3 +146,27 @@ def test_keys_of_a_store_that_no_folder_could_hold_are_refused(monkeypatch, path
     monkeypatch.setattr(Folder, "list", lambda *_: dict.fromkeys(paths, 100))
     with pytest.raises(DataError, match="rename it"):
         find_files("s3://bucket/rows")
+
+
+def test_an_output_within_its_input_is_refused_however_it_is_written(tmp_path, monkeypatch):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "rows")
+    monkeypatch.chdir(tmp_path / "here")
+    for output in ("../rows/labels", str(tmp_path / "linked/labels"), "../rows"):
+        with pytest.raises(OutputError, match="lies in the input"):
+            refuse_inside(Folder(output), Folder(str(tmp_path / "rows")))
+    refuse_inside(Folder("../rows-labeled"), Folder(str(tmp_path / "rows")))
+    with pytest.raises(OutputError, match="lies in the input"):
+        refuse_inside(Folder("s3://bucket/rows/labels"), Folder("s3://bucket/rows"))
+
+
+def test_folders_that_readers_take_for_a_column_of_the_output_are_told(
+    draw_rows, bundle_uri, tmp_path, caplog
+):
+    (tmp_path / "rows/status=new").mkdir(parents=True)
+    (tmp_path / "rows/status=new/country=at.parquet").write_bytes(encoded(draw_rows(3)))
+    plan(tmp_path / "rows", tmp_path / "out", bundle_uri)
+    assert [line.message for line in caplog.records if "partitioning=None" in line.message] == [
+        "the folders status=… are called like a column of the output: read it with partitioning=None"
+    ]

@@ -432,6 +432,11 @@ def test_a_finished_output_has_no_pieces_a_manifest_and_then_success(output):
     records = [record for record in done if record]
     commit(committer, shards[1], labeled(3, 5, status_of), THREE)  # a zombie's, and one of no planned shard
     output.publish(piece(0, 99), b"")
+    for stale in (
+        "a/y.parquet",
+        "c.parquet",
+    ):  # of files that have no such rows, since they were labeled again
+        output.publish(f"{REJECTIONS}/{stale}.jsonl", b"{}")
     manifest = finish(meddled, plan, reversed(records), {"python": "3"})
     assert meddled.published == [MANIFEST, SUCCESS]
     assert output.read_json(MANIFEST) == manifest
@@ -514,5 +519,19 @@ def test_an_extended_output_knows_its_files_from_the_manifest_and_drops_that(out
     records.forget([])
     assert MANIFEST in output.list()
     records.forget([THREE.path])
-    assert MANIFEST not in output.list()
+    assert not {MANIFEST, SUCCESS} & output.list().keys()
     assert Records(output).found == {ONE.path: record}
+
+
+def test_a_piece_of_a_file_of_one_shard_is_nobodys(output):
+    plan = Plan((), SETTINGS).append(output, [ONE])
+    output.publish(Shard(ONE.path, 0, 4).piece, b"")
+    work = find_work(output, plan)
+    assert [*work.shards()] == [Shard(ONE.path, 0, 4)] and not work.unjoined
+
+
+def test_a_job_that_lost_its_lease_does_not_plan_over_another_one(output):
+    Plan((), SETTINGS | {"precision": "bf16"}).append(output, [THREE])
+    with pytest.raises(OutputError, match="planned by another job meanwhile"):
+        Plan((), SETTINGS).append(output, [ONE])
+    assert Plan.load(output).files == (THREE,)

@@ -389,6 +389,14 @@ def test_where_nothing_is_set_nothing_is_shared(aws):
     assert shared_environment() == {}
 
 
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127])
+def test_a_file_may_have_the_longest_name_that_a_disk_knows(tmp_path, name):
+    folder = Folder(str(tmp_path))
+    folder.publish(name, b"1")
+    assert folder.read(name) == b"1" and not folder.create(name, b"2")
+    assert [*folder.list()] == [name]
+
+
 @pytest.mark.parametrize(
     ("path", "is_data"),
     [
