@@ -30,7 +30,8 @@ def end(run, how):
     ("how", "under"),
     [
         pytest.param(signal.SIGTERM, (), id="SIGTERM"),
-        pytest.param(signal.SIGINT, (), id="Ctrl-C"),
+        # As in a terminal, also where these tests themselves run in the background.
+        pytest.param(signal.SIGINT, ("env", "--default-signal=INT"), id="Ctrl-C"),
         # As in what a script starts with `&`.
         pytest.param(
             signal.SIGTERM, ("env", "--ignore-signal=INT"), marks=pytest.mark.faults, id="in the background"
