@@ -83,8 +83,9 @@ def plan_labeling(
         raise DataError(f"{folder}: none of its {len(files)} .parquet files can be read")
     if dry_run or not (new or unreadable):  # the latter: the limit was reached before these files
         return replace(plan, files=plan.files + new)
+    whole = plan.append(output, new, unreadable)
     output.remove([SUCCESS] if plan.parts else [])
-    return plan.append(output, new, unreadable)
+    return whole
 
 
 def _describe(

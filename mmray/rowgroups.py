@@ -73,7 +73,6 @@ class RowGroups:
 
     def _salvaged(self, index: int, first: int, end: int, batch_size: int) -> Iterator[pa.RecordBatch]:
         """Read the rest of a row group anew, each column for itself: what failed in passing is whole now."""
-        self.check()  # the row groups of another file would look damaged, too
         columns: list[pa.Array] = []
         reasons: list[str] = []
         source, parquet = self._open()
@@ -82,6 +81,7 @@ class RowGroups:
                 column, reason = self._column(parquet, index, name, end)
                 columns.append(column.slice(first))
                 reasons += [f"column {name}: {reason}"] if reason else []
+        self.check()  # the row groups of another file look damaged, too
         reason = f"row group {index} is damaged ({'; '.join(reasons)})" if reasons else None
         if reason and not self.salvage:
             raise DataError(f"{self.folder}/{self.path}: {reason}")
@@ -101,8 +101,7 @@ class RowGroups:
             if not _is_damage(error):
                 raise
             reason = one_line(error, 200)
-        # pa.nulls() would put nulls into a struct's children that may hold none.
-        return pa.array([None] * num_rows, self.schema.field(name).type), reason
+        return _nulls(num_rows, self.schema.field(name).type), reason
 
     def _batch(self, columns: list[pa.Array], num_rows: int, damage: str | None = None) -> pa.RecordBatch:
         reasons = [pa.array([damage] * num_rows, pa.string())] if self.salvage else []
@@ -124,6 +123,15 @@ def read_schema(metadata: pq.FileMetaData) -> pa.Schema:
     """Give the schema in which the rows of a file are read."""
     nothing = pa.BufferReader(b"PAR1")
     return pq.ParquetFile(nothing, metadata=metadata, coerce_int96_timestamp_unit=INT96_UNIT).schema_arrow
+
+
+def _nulls(num_rows: int, kind: pa.DataType) -> pa.Array:
+    """Give rows of nulls: pa.nulls() would put some into a struct's children that may hold none."""
+    return pa.array([None] * num_rows, kind) if _has_required(kind) else pa.nulls(num_rows, kind)
+
+
+def _has_required(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) and any(not field.nullable or _has_required(field.type) for field in kind)
 
 
 def _is_damage(error: Exception) -> bool:

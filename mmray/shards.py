@@ -247,9 +247,10 @@ def count_rows(records: Iterable[FileRecord]) -> Counter[str]:
 def finished_manifest(output: Folder, plan: Plan) -> dict[str, Any] | None:
     """Read the manifest of an output that is whole; None if it is not."""
     manifest: dict[str, Any] | None = output.read_json(MANIFEST)
-    if manifest is None or output.read_or_none(SUCCESS) is None or manifest["num_rows"] != plan.num_rows:
+    if manifest is None or output.read_or_none(SUCCESS) is None:
         return None
-    return manifest
+    planned = {"num_rows": plan.num_rows, "skipped": plan.skipped}
+    return manifest if manifest.items() >= planned.items() else None
 
 
 def finish(
@@ -273,8 +274,8 @@ def finish(
     }
     output.publish_json(MANIFEST, manifest)
     output.remove(f"{place}/{path}" for place in (PIECES, RECORDS) for path in (output / place).list())
-    rejections = {f"{record.path}.jsonl" for record in files if record.counts.keys() & {*REJECTED}}
-    stale = (output / REJECTIONS).list(".jsonl").keys() - rejections  # of files that were labeled twice
+    sound = {f"{record.path}.jsonl" for record in files if not record.counts.keys() & {*REJECTED}}
+    stale = (output / REJECTIONS).list(".jsonl").keys() & sound  # of files that were labeled twice
     output.remove(f"{REJECTIONS}/{path}" for path in stale)
     output.publish(SUCCESS, b"")
     return manifest

@@ -491,6 +491,17 @@ def test_a_damaged_struct_of_required_values_is_null_and_can_be_written(folder, 
     assert written["size"].to_pylist() == [{"a": row} for row in range(10)] + [None] * 10
 
 
+def test_damaged_structs_of_other_kinds_are_null_too(folder, tmp_path):
+    inner = pa.array(["x", "y"] * 10).dictionary_encode()
+    ids = pa.array([bytes([row]) * 16 for row in range(20)], pa.uuid())
+    table = pa.table({"kept": range(20), "size": pa.StructArray.from_arrays([inner, ids], ["word", "id"])})
+    file = write(folder, "a.parquet", table, [10, 10])
+    damage(folder, "a.parquet", 1, "size")
+    ((_, _, rows),) = read_units(folder, file, file.units, salvage=True)
+    pq.write_table(rows.combine_chunks(), tmp_path / "written.parquet")
+    assert pq.read_table(tmp_path / "written.parquet")["size"].to_pylist()[10:] == [None] * 10
+
+
 def test_a_file_that_is_overwritten_while_it_is_read_is_not_taken_for_damaged(folder):
     file = write(folder, "a.parquet", make_table(2000), [1000, 1000])
     reading = read_units(folder, file, file.units, salvage=True)

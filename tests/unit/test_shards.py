@@ -24,6 +24,7 @@ from mmray.shards import (
     FileRecord,
     Records,
     finish,
+    finished_manifest,
     read_record,
 )
 from mmray.storage import Folder
@@ -432,11 +433,6 @@ def test_a_finished_output_has_no_pieces_a_manifest_and_then_success(output):
     records = [record for record in done if record]
     commit(committer, shards[1], labeled(3, 5, status_of), THREE)  # a zombie's, and one of no planned shard
     output.publish(piece(0, 99), b"")
-    for stale in (
-        "a/y.parquet",
-        "c.parquet",
-    ):  # of files that have no such rows, since they were labeled again
-        output.publish(f"{REJECTIONS}/{stale}.jsonl", b"{}")
     manifest = finish(meddled, plan, reversed(records), {"python": "3"})
     assert meddled.published == [MANIFEST, SUCCESS]
     assert output.read_json(MANIFEST) == manifest
@@ -535,3 +531,20 @@ def test_a_job_that_lost_its_lease_does_not_plan_over_another_one(output):
     with pytest.raises(OutputError, match="planned by another job meanwhile"):
         Plan((), SETTINGS).append(output, [ONE])
     assert Plan.load(output).files == (THREE,)
+
+
+def test_lists_of_rows_that_are_rejected_no_more_go_and_those_of_other_files_stay(output):
+    plan = Plan((), SETTINGS).append(output, [ONE])
+    record = commit(Committer(output, plan.fingerprint), Shard(ONE.path, 0, 4), labeled(0, 4), ONE)
+    for path in (ONE.path, "later.parquet"):  # the latter of a job that took this one's place and went on
+        output.publish(f"{REJECTIONS}/{path}.jsonl", b"{}")
+    finish(output, plan, [record], {})
+    assert [*(output / REJECTIONS).list()] == ["later.parquet.jsonl"]
+
+
+def test_an_output_is_not_whole_when_its_plan_came_to_skip_files(output):
+    plan = Plan((), SETTINGS).append(output, [ONE])
+    record = commit(Committer(output, plan.fingerprint), Shard(ONE.path, 0, 4), labeled(0, 4), ONE)
+    manifest = finish(output, plan, [record], {})
+    assert finished_manifest(output, plan) == manifest
+    assert finished_manifest(output, plan.append(output, [], {"c.parquet": "no Parquet"})) is None
