@@ -43,9 +43,7 @@ def main(
     Console().print(as_table(found))
     hours, minutes = divmod(round(found.seconds / 60), 60)
     if json_path:
-        Path(json_path).write_text(
-            json.dumps(asdict(found) | {"costs": found.costs._asdict()}, indent=2) + "\n"
-        )
+        Path(json_path).write_text(json.dumps(asdict(found), indent=2) + "\n")
     click.echo(f"{found.limit} is the limit; the whole job will take {hours} h {minutes:02} min")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from tempfile import TemporaryDirectory
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import pyarrow as pa
 import ray
@@ -39,7 +39,8 @@ MODEL_REPEATS = 2
 Result = TypeVar("Result")
 
 
-class Costs(NamedTuple):
+@dataclass(frozen=True)
+class Costs:
     """What one row costs one worker, in seconds."""
 
     read: float
@@ -135,9 +136,7 @@ def measure(
 
     labeler = load_labeler(bundle, config, pool)
     start_s = time.perf_counter() - started
-    before = time.process_time()
-    tables, read_wall_s = _timed(lambda: _read(folder, units, columns))
-    read_s = time.process_time() - before
+    tables, read_wall_s, read_s = _timed(lambda: _read(folder, units, columns))
     images = [image for table in tables for image in image_values(table[columns.image])]
     captions = [caption for table in tables for caption in text_values(table[columns.caption])]
     labeled = TableLabeler(labeler, columns, KeptScores.parse(config.scores))(tables[0])
@@ -147,7 +146,7 @@ def measure(
         # Beside the model threads decode, in a pool processes: what a CPU gets done is not the same.
         num_threads = pool.num_threads if config.decode == "beside" else 1
         decoder = RowDecoder(bundle.model_config.fusion, bundle.model_config.image_size, num_threads)
-        shown, decode_s = _timed(lambda: decoder.submit(images, captions)())
+        shown, decode_s, _ = _timed(lambda: decoder.submit(images, captions)())
     model_s = min(_timed(lambda: labeler(shown, captions))[1] for _ in range(MODEL_REPEATS))
     num_rows = len(images)
     write_s, write_wall_s = _write(labeled, units[0][0], scratch_uri)
@@ -181,9 +180,8 @@ def _write(labeled: pa.Table, file: DataFile, scratch_uri: str | None) -> tuple[
     with TemporaryDirectory() as local:
         scratch = Folder(scratch_uri or local)
         committer = Committer(scratch, "bench")
-        before = time.process_time()
-        _, wall_s = _timed(lambda: committer.commit(Shard(alone.path, 0, alone.num_rows), labeled, alone))
-        cpu_s = time.process_time() - before
+        shard = Shard(alone.path, 0, alone.num_rows)
+        _, wall_s, cpu_s = _timed(lambda: committer.commit(shard, labeled, alone))
         scratch.remove(path for path in scratch.list() if "_bench.parquet" in path)
     return cpu_s * (2 if len(file.shards) > 1 else 1), wall_s
 
@@ -224,7 +222,8 @@ def as_table(found: Forecast) -> Table:
     return table
 
 
-def _timed(work: Callable[[], Result]) -> tuple[Result, float]:
-    started = time.perf_counter()
+def _timed(work: Callable[[], Result]) -> tuple[Result, float, float]:
+    """Do some work; gives its result, and its seconds: in all, and of CPUs."""
+    started, cpu_started = time.perf_counter(), time.process_time()
     done = work()
-    return done, time.perf_counter() - started
+    return done, time.perf_counter() - started, time.process_time() - cpu_started

@@ -30,7 +30,7 @@ from mmray.storage import Folder
 from mmray.validation import Validation, add_up
 from mmray.words import words_of
 
-SHUFFLE_BUFFER_BYTES = 256 << 20
+SHUFFLE_BUFFER_BYTES, SHUFFLE_BUFFER_ROWS = 256 << 20, 8192
 HISTORY = ("epoch", "loss", "sample_f1", "map", "macro_f1", "seconds", "waited", "workers")
 """What is remembered of each epoch."""
 
@@ -216,5 +216,7 @@ def shuffle_buffer_rows(job: TrainJob, batch_size: int, world_size: int) -> int:
     Ray gives no batch before it has half as much again; so no more than an eighth of the epoch, either, or
     training would begin when most of it is decoded.
     """
-    of_memory = SHUFFLE_BUFFER_BYTES // (3 * job.model.image_size**2) if "image" in job.model.towers else 8192
-    return max(4 * batch_size, min(8192, of_memory, job.num_rows // (8 * world_size)))
+    most = SHUFFLE_BUFFER_ROWS
+    if "image" in job.model.towers:
+        most = min(most, SHUFFLE_BUFFER_BYTES // (3 * job.model.image_size**2))
+    return max(4 * batch_size, min(most, job.num_rows // (8 * world_size)))

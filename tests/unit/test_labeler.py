@@ -223,6 +223,20 @@ def test_of_two_rows_that_hang_one_renews_the_threads():
         released.set()
 
 
+def test_rows_that_take_turns_hang_nothing(monkeypatch):
+    monkeypatch.setattr("mmray.decoding.DECODE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("mmray.decoding.TURN_S", 1.0)
+    decoder, turn = RowDecoder("image", 32, 8), threading.Lock()
+
+    def in_turn(*given):
+        with turn:
+            time.sleep(0.2)
+            return decode_row(*given)
+
+    decoder.decode = in_turn
+    assert [row.status for row in decoder.submit([JPEG] * 8, [None] * 8)()] == [OK] * 8
+
+
 def test_as_many_large_images_as_there_are_threads_have_the_time_to_take_turns():
     seconds = {num_threads: RowDecoder("image", 32, num_threads).timeout_s for num_threads in (1, 4, 64)}
     assert seconds == {1: 30, 4: 30, 64: 320}
